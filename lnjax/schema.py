@@ -1,0 +1,316 @@
+"""Every knob of a run: typed, frozen, documented. Imports no jax.
+
+A config is complete: `configs/NAME.py` returns a `RunConfig`, the command line may override any leaf
+(`--grpo.steps 10`), and what is derived is a property, never stored.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from lnjax.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeSpec:
+    """Rotary position embedding; `llama3` scaling when factor > 1 (Llama 3.1 model card)."""
+
+    theta: float = 10000.0
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    num_kv_heads: int
+
+
+@dataclass(frozen=True, slots=True)
+class FfnSpec:
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSpec:
+    """One transformer block. None is a no-op: neither its norm nor its weights exist."""
+
+    source_layer: int
+    """Index in the checkpoint's names (`model.layers.N`)."""
+    attention: AttentionSpec | None
+    ffn: FfnSpec | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """Architecture of a Llama or Nemotron-NAS decoder."""
+
+    vocab_size: int
+    d_model: int
+    num_heads: int
+    head_dim: int
+    blocks: tuple[BlockSpec, ...]
+    """Blocks that do something; a block with neither part is left out (its number is a gap in source_layer)."""
+    num_source_layers: int
+    """Layers the checkpoint's config.json counts, empty ones included."""
+    tied_embeddings: bool
+    rms_eps: float = 1e-5
+    rope: RopeSpec = RopeSpec()
+    max_position: int = 8192
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    initializer_range: float = 0.02
+
+    def __post_init__(self):
+        if not self.blocks:
+            raise ConfigError("ModelSpec.blocks is empty; a decoder needs at least one block")
+        for block in self.blocks:
+            if block.attention and self.num_heads % block.attention.num_kv_heads:
+                raise ConfigError(
+                    f"block {block.source_layer}: {block.attention.num_kv_heads} kv heads do not divide "
+                    f"num_heads={self.num_heads}"
+                )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim={self.head_dim} must be even for rotary embedding")
+
+
+def uniform_blocks(*, num_layers: int, num_kv_heads: int, ffn: int) -> tuple[BlockSpec, ...]:
+    """Blocks of a plain Llama."""
+    return tuple(BlockSpec(i, AttentionSpec(num_kv_heads), FfnSpec(ffn)) for i in range(num_layers))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    source: str = "random"
+    """Weights: `random` (needs spec), a folder in Hugging Face format, a .gguf file, or `package:NAME/FILE.gguf`
+    for a file that an installed Python package ships."""
+    spec: Annotated[ModelSpec | None, tyro.conf.Suppress] = None
+    """Architecture for source=random; read from the checkpoint otherwise."""
+    tokenizer: str = "same"
+    """`same` as source, another folder or .gguf, or `arithmetic` (built in: single characters with Llama-3 headers)."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Master weights and optimizer state."""
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Activations and matmul operands; logits, norms and losses stay in float32."""
+    remat: Literal["none", "dots", "full"] = "full"
+    """What the backward pass recomputes: nothing, all but matmul outputs, or whole blocks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeshConfig:
+    data: int = 1
+    """Replicas of the parameters; batch rows are split over them."""
+    fsdp: int = -1
+    """Shards of parameters and optimizer, rows split too. -1: all devices the other axes leave."""
+    tensor: int = 1
+    """Splits heads, ffn width and vocabulary."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpsConfig:
+    matmul: Literal["xla"] = "xla"
+    """Dense kernel."""
+    attention: Literal["xla"] = "xla"
+    """Attention kernel: blocks of queries against all keys, causal inside a segment."""
+    head: Literal["xla"] = "xla"
+    """Logprob and cross-entropy kernel: blocks of vocabulary, hand-written backward."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019) with linear warm-up."""
+
+    learning_rate: float
+    """Peak."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After warm-up."""
+    min_learning_rate: float = 0.0
+    """Where cosine ends."""
+    warmup_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    """Decoupled; applied to matrices, not to norms."""
+    clip_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
+    spike_factor: float = 0.0
+    """Skip an update whose gradient norm exceeds this many times its running mean; 0 skips only non-finite ones."""
+    max_skipped_in_a_row: int = 5
+    """Stop the run after this many skipped updates without a good one between."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackConfig:
+    row_tokens: int
+    """T: tokens in a packed row. The longest sequence must fit."""
+    microbatch_rows: int
+    """Rows of one forward and backward pass, over all devices."""
+    max_segments: int = 64
+    """Most sequences in one row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingConfig:
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps all tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddedConfig:
+    """The rollout engine in the learner's own process (JAX, static KV cache, continuous batching)."""
+
+    num_slots: int = 64
+    """Sequences decoded at once, over all devices."""
+    max_len: int = 1024
+    """Prompt plus completion, in tokens: the length of the KV cache."""
+    decode_chunk: int = 16
+    """Tokens decoded between two looks of the scheduler."""
+    prefill_rows: int = 8
+    """Prompts prefilled in one pass."""
+    prefill_multiple: int = 64
+    """Prompt and cache lengths are bucketed to this many tokens times a power of two; one program a bucket."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Weights, KV cache and activations."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardConfig:
+    num_workers: int = 2
+    """Processes that run verifiers."""
+    deadline_s: float = 10.0
+    """Seconds one completion's verifier may take; past it the worker is killed and the sample scores 0."""
+    format: Literal["none", "think"] = "none"
+    """`think` multiplies by the think-tag check: reasoning on needs exactly one <think>…</think>, off none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptConfig:
+    source: str
+    """`arithmetic`, `ifeval` (generated instruction-following prompts), `reasoning_gym:TASK`, or a .jsonl file in the
+    Llama-Nemotron RL schema."""
+    split: Literal["train", "heldout"] = "train"
+    """Disjoint halves of generated sources. A .jsonl file is what it is."""
+    num_prompts: int = 0
+    """Prompts in the source before it repeats in another order; 0: all of a file."""
+    seed: int = 0
+    """Of generated sources, and of the order."""
+    system_prompt: str = ""
+    """Sent as the system message where a row has none; empty sends none."""
+    max_prompt_tokens: int = 512
+    """A longer prompt is an error that names its row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalConfig:
+    prompts: PromptConfig
+    num_samples: int = 1
+    """Completions per prompt; the mean reward is reported with a 95 % interval over prompts."""
+    sampling: SamplingConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    every: int = 0
+    """Steps between checkpoints; the last step of a stage is always kept. 0: only that."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+    export_hf: bool = True
+    """Write the final weights in Hugging Face format (bfloat16) into RUN_DIR/hf."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SftDataConfig:
+    source: str
+    """`arithmetic` or a .jsonl file in the Llama-Nemotron SFT schema."""
+    num_examples: int = 0
+    """Of generated sources; 0: all of a file."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SftConfig:
+    """Supervised fine-tuning: token-level cross-entropy on assistant tokens of packed rows."""
+
+    data: SftDataConfig
+    steps: int
+    batch_rows: int
+    """Packed rows of one update, over all devices."""
+    pack: PackConfig
+    optimizer: OptimizerConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrpoLossConfig:
+    """GRPO (arXiv 2402.03300) and the variants in use since."""
+
+    clip_low: float = 0.2
+    """Ratio is clipped below 1 - clip_low."""
+    clip_high: float = 0.2
+    """Ratio is clipped above 1 + clip_high (clip-higher: DAPO, arXiv 2503.14476)."""
+    dual_clip: float = 0.0
+    """Bound on the loss of negative advantages, c in arXiv 1912.09729; 0 turns it off."""
+    kl_coef: float = 0.0
+    """Weight of the KL penalty to the reference (the weights at the start of this stage); 0 keeps no reference."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Schulman's estimators of KL(current || reference)."""
+    aggregation: Literal["token_mean", "sequence_mean", "dr_grpo"] = "token_mean"
+    """Mean over tokens; mean over sequences of token means; or sum over tokens divided by sequences times
+    max_new_tokens (arXiv 2503.20783)."""
+    importance_cap: float = 0.0
+    """Truncated importance sampling: each token's loss is weighted by min(cap, exp(old - sampler)); 0 turns it off."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdvantageConfig:
+    baseline: Literal["group_mean", "leave_one_out"] = "leave_one_out"
+    normalize_std: bool = True
+    """Divide by the group's standard deviation where it is positive."""
+    overlong_filter: bool = False
+    """Leave completions that ran out of tokens out of the loss and the baseline; else they score 0 and stay."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrpoConfig:
+    """Group-relative policy optimization with a rollout engine and verifiers."""
+
+    prompts: PromptConfig
+    prompts_per_step: int
+    """P: prompts of one rl_step."""
+    samples_per_prompt: int
+    """G: completions of each."""
+    steps: int
+    """Cycles of sample, score, update, publish."""
+    updates_per_step: int = 1
+    """Optimizer updates a cycle; the rollouts are split into this many batches."""
+    sampling: SamplingConfig
+    engine: EmbeddedConfig = EmbeddedConfig()
+    reward: RewardConfig = RewardConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    loss: GrpoLossConfig = GrpoLossConfig()
+    pack: PackConfig
+    optimizer: OptimizerConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """One run: a model, then its training stages in order (SFT, GRPO)."""
+
+    name: str
+    seed: int = 0
+    """Base of every random draw."""
+    model: ModelConfig
+    mesh: MeshConfig = MeshConfig()
+    ops: OpsConfig = OpsConfig()
+    sft: SftConfig | None = None
+    """First stage, where present."""
+    grpo: GrpoConfig | None = None
+    """Second stage, where present."""
+    eval: EvalConfig | None = None
+    """Held-out evaluation before the first stage and after each."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
