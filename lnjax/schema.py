@@ -289,8 +289,6 @@ class GrpoConfig:
     updates_per_step: int = 1
     """Optimizer updates a cycle; the rollouts are split into this many batches."""
     sampling: SamplingConfig
-    engine: EmbeddedConfig = EmbeddedConfig()
-    reward: RewardConfig = RewardConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     loss: GrpoLossConfig = GrpoLossConfig()
     pack: PackConfig
@@ -307,6 +305,10 @@ class RunConfig:
     model: ModelConfig
     mesh: MeshConfig = MeshConfig()
     ops: OpsConfig = OpsConfig()
+    engine: EmbeddedConfig = EmbeddedConfig()
+    """What samples, for GRPO and for evaluation."""
+    reward: RewardConfig = RewardConfig()
+    """What scores, for GRPO and for evaluation."""
     sft: SftConfig | None = None
     """First stage, where present."""
     grpo: GrpoConfig | None = None
