@@ -1,0 +1,133 @@
+"""The update step: exact accumulation over microbatches, one optimizer step, donated state.
+
+`loss_fn(params, microbatch) -> LossSum`. Gradients of loss *sums* add up in float32 and are divided by the total count
+once, so neither the number of microbatches nor the number of devices changes the result. The microbatch program has a
+static shape and is compiled once, whatever number of microbatches a batch has.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lnjax.learn.loss import LossSum, add_metrics, mean_metrics
+from lnjax.learn.optimizer import build_optimizer, clip, guard_update, init_guard, learning_rate
+from lnjax.schema import OptimizerConfig
+from lnjax.types import TrainState
+
+LossFn = Callable[[Any, Any], LossSum]
+
+
+class Updater:
+    """Compiled update of one stage. `update(state, microbatches) -> (state, stats)`; the old state is consumed."""
+
+    def __init__(self, loss_fn: LossFn, *, abstract_params: Any, c: OptimizerConfig, total_steps: int):
+        """`abstract_params`: ShapeDtypeStructs with shardings; gradients and optimizer state lie as they do."""
+        self._optimizer = build_optimizer(c, total_steps=total_steps)
+        self._schedule = learning_rate(c, total_steps=total_steps)
+        self._c = c
+        self._params = abstract_params
+        where = jax.tree.map(lambda x: x.sharding, abstract_params)
+        state = jax.tree.map(lambda x: x.sharding, self.abstract_state())
+        self._first = jax.jit(functools.partial(_gradient, loss_fn), out_shardings=(where, None))
+        self._next = jax.jit(functools.partial(_accumulate, loss_fn), out_shardings=(where, None), donate_argnums=(1,))
+        self._apply = jax.jit(self._apply_gradient, out_shardings=(state, None), donate_argnums=(0, 1))
+        self._init = jax.jit(self._init_state, out_shardings=state)
+
+    def init(self, params: Any, *, step: int, rng: Array) -> TrainState:
+        """A fresh state with a copy of `params`."""
+        return self._init(params, jnp.asarray(step, jnp.int32), rng)
+
+    def _init_state(self, params: Any, step: Array, rng: Array) -> TrainState:
+        return TrainState(
+            step=step, params=params, opt_state=self._optimizer.init(params), guard=init_guard(), rng=rng
+        )
+
+    def abstract_state(self) -> TrainState:
+        """The state as ShapeDtypeStructs with shardings, for restoring a checkpoint."""
+        mesh = jax.tree.leaves(self._params)[0].sharding.mesh
+        replicated = NamedSharding(mesh, PartitionSpec())
+        rng = jax.eval_shape(lambda: jax.random.key(0))
+        shapes = jax.eval_shape(self._init_state, self._params, jax.ShapeDtypeStruct((), jnp.int32), rng)
+        opt_shardings = optax.tree_utils.tree_map_params(
+            self._optimizer,
+            lambda _, param: param.sharding,
+            shapes.opt_state,
+            self._params,
+            transform_non_params=lambda _: replicated,
+        )
+
+        def place(x, where):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+        return TrainState(
+            step=place(shapes.step, replicated),
+            params=self._params,
+            opt_state=jax.tree.map(place, shapes.opt_state, opt_shardings),
+            guard=jax.tree.map(lambda x: place(x, replicated), shapes.guard),
+            rng=place(shapes.rng, replicated),
+        )
+
+    def gradient(self, params: Any, microbatches: Sequence[Any]) -> tuple[Any, LossSum]:
+        """(gradient of the loss *sum*, summed LossSum)."""
+        grads, sums = self._first(params, microbatches[0])
+        for batch in microbatches[1:]:
+            grads, sums = self._next(params, (grads, sums), batch)
+        return grads, sums
+
+    def update(self, state: TrainState, microbatches: Sequence[Any]) -> tuple[TrainState, dict[str, Array]]:
+        """One optimizer step over all microbatches. Stats are float32 scalars still on the device."""
+        grads, sums = self.gradient(state.params, microbatches)
+        return self._apply(state, grads, sums)
+
+    def _apply_gradient(self, state: TrainState, grads: Any, sums: LossSum) -> tuple[TrainState, dict[str, Array]]:
+        count = jnp.maximum(sums.count, 1e-9)
+        grads = jax.tree.map(lambda g: g / count, grads)
+        loss, norm = sums.total / count, optax.global_norm(grads)
+        skip, guard = guard_update(state.guard, step=state.step, norm=norm, loss=loss, factor=self._c.spike_factor)
+        updates, opt_state = self._optimizer.update(
+            clip(grads, norm=norm, limit=self._c.clip_norm), state.opt_state, state.params
+        )
+        params = optax.apply_updates(state.params, updates)
+        keep = functools.partial(jax.tree.map, lambda old, new: jnp.where(skip, old, new))
+        new = TrainState(
+            step=state.step + 1,
+            params=keep(state.params, params),
+            opt_state=keep(state.opt_state, opt_state),
+            guard=guard,
+            rng=state.rng,
+        )
+        stats = {
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": jnp.asarray(self._schedule(_adam_count(state.opt_state)), jnp.float32),
+            "skipped": guard.num_skipped.astype(jnp.float32),
+            "skipped_in_a_row": guard.num_skipped_in_a_row.astype(jnp.float32),
+            **mean_metrics(sums.metrics),
+        }
+        return new, stats
+
+
+def _gradient(loss_fn: LossFn, params: Any, batch: Any) -> tuple[Any, LossSum]:
+    def total(params):
+        sums = loss_fn(params, batch)
+        return sums.total, sums
+
+    grads, sums = jax.grad(total, has_aux=True)(params)
+    return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
+
+
+def _accumulate(loss_fn: LossFn, params: Any, so_far: tuple[Any, LossSum], batch: Any) -> tuple[Any, LossSum]:
+    grads, sums = so_far
+    more, new = _gradient(loss_fn, params, batch)
+    total = LossSum(sums.total + new.total, sums.count + new.count, add_metrics(sums.metrics, new.metrics))
+    return jax.tree.map(jnp.add, grads, more), total
+
+
+def _adam_count(opt_state: Any) -> Array:
+    return optax.tree_utils.tree_get(opt_state, "count", filtering=lambda path, _: "ScaleByAdam" in str(path[-1]))

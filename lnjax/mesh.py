@@ -1,0 +1,88 @@
+"""Device mesh and sharding rules: one table from logical axes to mesh axes."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lnjax.errors import ConfigError
+from lnjax.schema import MeshConfig
+
+AXES = ("data", "fsdp", "tensor")
+
+RULES: dict[str | None, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),  # rows of tokens, slots of the engine
+    "embed": "fsdp",  # model width of parameters
+    "heads": "tensor",  # query heads x head_dim, kv heads x head_dim
+    "ffn": "tensor",
+    "vocab": "tensor",
+    "layers": None,
+    None: None,
+}
+
+
+def make_mesh(c: MeshConfig, *, devices: Sequence[Any] | None = None) -> Mesh:
+    """A (data, fsdp, tensor) mesh over all devices; one axis may be -1. Raises ConfigError when they do not fit."""
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = [c.data, c.fsdp, c.tensor]
+    if sizes.count(-1) > 1:
+        raise ConfigError(f"mesh: only one axis may be -1, got data={c.data}, fsdp={c.fsdp}, tensor={c.tensor}")
+    rest = math.prod(s for s in sizes if s != -1)
+    if -1 in sizes and rest > 0 and len(devices) % rest == 0:
+        sizes[sizes.index(-1)] = len(devices) // rest
+    if min(sizes) < 1 or math.prod(sizes) != len(devices):
+        raise ConfigError(
+            f"mesh: data={c.data} x fsdp={c.fsdp} x tensor={c.tensor} does not make {len(devices)} devices; "
+            "change --mesh.* so that their product does"
+        )
+    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def partition(*logical: str | None) -> PartitionSpec:
+    """PartitionSpec of an array whose dims carry these logical axes."""
+    return PartitionSpec(*(RULES[name] for name in logical))
+
+
+def sharding(mesh: Mesh, *logical: str | None) -> NamedSharding:
+    return NamedSharding(mesh, partition(*logical))
+
+
+def constrain(x: Array, mesh: Mesh, *logical: str | None) -> Array:
+    """Pin the layout of an intermediate value inside jit."""
+    return jax.lax.with_sharding_constraint(x, sharding(mesh, *logical))
+
+
+def axis_size(mesh: Mesh, logical: str) -> int:
+    """Devices that share one dim of this logical axis."""
+    axes = RULES[logical]
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(mesh.shape[a] for a in axes)
+
+
+def check_divisible(mesh: Mesh, *, name: str, shape: Sequence[int], logical: Sequence[str | None]) -> None:
+    """Raises ConfigError naming the dimension that the mesh does not divide."""
+    for size, axis in zip(shape, logical, strict=True):
+        parts = axis_size(mesh, axis) if axis else 1
+        if size % parts:
+            raise ConfigError(
+                f"{name}: its {axis} dimension of {size} does not divide over {parts} devices "
+                f"(mesh axis {RULES[axis]}); choose another --mesh.*"
+            )
+
+
+def put_rows(mesh: Mesh, tree: Any) -> Any:
+    """Host arrays with rows first -> device arrays split over the batch axes; scalars are replicated.
+
+    Every process passes the whole array; each device keeps its rows.
+    """
+
+    def put(x: np.ndarray) -> Array:
+        x = np.asarray(x)
+        where = sharding(mesh, *(("batch",) + (None,) * (x.ndim - 1) if x.ndim else ()))
+        return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+    return jax.tree.map(put, tree)

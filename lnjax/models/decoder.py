@@ -1,0 +1,268 @@
+"""The whole Llama and Nemotron-NAS family as one decoder.
+
+`ModelSpec.blocks` lists the blocks that do something; consecutive equal ones form a run whose parameters carry a leading
+layer dim and are executed by one `lax.scan`. A block without attention or without FFN simply has no such part.
+
+Parameters live in one nested dict (`init_params`, `abstract_params`), so the model is a pure function of it.
+Kernels are [in, out]; embedding and head are [V, D].
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from lnjax.mesh import check_divisible, constrain, sharding
+from lnjax.models.spec import Run, runs
+from lnjax.ops.select import Ops
+from lnjax.schema import ModelSpec, RopeSpec
+
+Params = Any
+"""Nested dict of arrays: embed, final_norm, head (untied), runs/<i>/{attention,ffn}/<name>."""
+
+Attend = Callable[[Array, Array, Array], Array]
+"""(q_BTNH, k_BTKH, v_BTKH), rotated -> [B, T, N, H]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """How a forward pass runs, apart from what it computes."""
+
+    ops: Ops
+    dtype: jnp.dtype
+    remat: str = "none"
+
+
+class Kernels(nnx.Module):
+    """Named parameters of one part, each with its logical axes; stacked over the run's layers."""
+
+    def __init__(self, shapes: dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]], *, scale: float, rngs):
+        for name, (shape, logical) in shapes.items():
+            value = jnp.ones(shape) if name == "norm" else scale * jax.random.normal(rngs.params(), shape)
+            setattr(self, name, nnx.Param(value, logical=logical))
+
+    def use(self, name: str, c: Compute) -> Array:
+        """The kernel of one layer in compute dtype, gathered over fsdp (still split over tensor)."""
+        param = getattr(self, name)
+        logical = [a if a != "embed" else None for a in param.get_metadata()["logical"][1:]]
+        return constrain(param[...].astype(c.dtype), c.ops.mesh, *logical)
+
+
+class Attention(Kernels):
+    """Grouped-query attention with its input norm; `__call__` returns the residual branch."""
+
+    def __init__(self, run: Run, spec: ModelSpec, *, rngs):
+        n, d = len(run.blocks), spec.d_model
+        q, kv = spec.num_heads * spec.head_dim, run.attention.num_kv_heads * spec.head_dim
+        kernel = ("layers", "embed", "heads")
+        super().__init__(
+            {
+                "norm": ((n, d), ("layers", None)),
+                "q": ((n, d, q), kernel),
+                "k": ((n, d, kv), kernel),
+                "v": ((n, d, kv), kernel),
+                "o": ((n, q, d), ("layers", "heads", "embed")),
+            },
+            scale=spec.initializer_range,
+            rngs=rngs,
+        )
+        self.head_dim, self.eps = spec.head_dim, spec.rms_eps
+
+    def __call__(self, x_BTD: Array, rope: tuple[Array, Array], attend: Attend, c: Compute) -> Array:
+        x = rms_norm(x_BTD, self.use("norm", c), eps=self.eps)
+        shape = (*x.shape[:-1], -1, self.head_dim)
+        q, k, v = (c.ops.matmul(x, self.use(name, c)).reshape(shape) for name in ("q", "k", "v"))
+        out = attend(rotate(q, rope), rotate(k, rope), v)
+        return c.ops.matmul(out.reshape(*x.shape[:-1], -1), self.use("o", c))
+
+
+class Ffn(Kernels):
+    """SwiGLU with its input norm; `__call__` returns the residual branch."""
+
+    def __init__(self, run: Run, spec: ModelSpec, *, rngs):
+        n, d, f = len(run.blocks), spec.d_model, run.ffn.width
+        super().__init__(
+            {
+                "norm": ((n, d), ("layers", None)),
+                "gate": ((n, d, f), ("layers", "embed", "ffn")),
+                "up": ((n, d, f), ("layers", "embed", "ffn")),
+                "down": ((n, f, d), ("layers", "ffn", "embed")),
+            },
+            scale=spec.initializer_range,
+            rngs=rngs,
+        )
+        self.eps = spec.rms_eps
+
+    def __call__(self, x_BTD: Array, c: Compute) -> Array:
+        x = rms_norm(x_BTD, self.use("norm", c), eps=self.eps)
+        gated = jax.nn.silu(c.ops.matmul(x, self.use("gate", c))) * c.ops.matmul(x, self.use("up", c))
+        return c.ops.matmul(gated, self.use("down", c))
+
+
+class Blocks(nnx.Module):
+    """One run: equal blocks, stacked."""
+
+    def __init__(self, run: Run, spec: ModelSpec, *, rngs):
+        if run.attention:
+            self.attention = Attention(run, spec, rngs=rngs)
+        if run.ffn:
+            self.ffn = Ffn(run, spec, rngs=rngs)
+
+    def __call__(self, x_BTD: Array, rope: tuple[Array, Array], attend: Attend, c: Compute) -> Array:
+        if hasattr(self, "attention"):
+            x_BTD = constrain(x_BTD + self.attention(x_BTD, rope, attend, c), c.ops.mesh, "batch", None, None)
+        if hasattr(self, "ffn"):
+            x_BTD = constrain(x_BTD + self.ffn(x_BTD, c), c.ops.mesh, "batch", None, None)
+        return x_BTD
+
+
+class Decoder(nnx.Module):
+    """Embedding, runs of blocks, final norm, head."""
+
+    def __init__(self, spec: ModelSpec, *, rngs):
+        def table() -> nnx.Param:
+            value = spec.initializer_range * jax.random.normal(rngs.params(), (spec.vocab_size, spec.d_model))
+            return nnx.Param(value, logical=("vocab", "embed"))
+
+        self.embed = table()
+        self.runs = nnx.Dict({str(i): Blocks(run, spec, rngs=rngs) for i, run in enumerate(runs(spec))})
+        self.final_norm = nnx.Param(jnp.ones((spec.d_model,)), logical=(None,))
+        if not spec.tied_embeddings:
+            self.head = table()
+
+
+@functools.cache
+def _abstract(spec: ModelSpec) -> Decoder:
+    return nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(params=0)))
+
+
+def rms_norm(x: Array, weight: Array, *, eps: float) -> Array:
+    """Root mean square norm (arXiv 1910.07467), statistics in float32."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return y.astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
+
+
+def rope_frequencies(rope: RopeSpec, *, head_dim: int) -> Array:
+    """Radians per position, [H/2] float32; llama3 scaling as in the Llama 3.1 model card."""
+    inv = rope.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if rope.factor == 1.0:
+        return inv
+    turns = rope.original_max_position * inv / (2 * jnp.pi)  # full turns within the original context
+    keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    keep = jnp.clip(keep, 0.0, 1.0)
+    return inv * (keep + (1.0 - keep) / rope.factor)
+
+
+def rope_tables(spec: ModelSpec, positions_BT: Array) -> tuple[Array, Array]:
+    """(cos, sin), each [B, T, 1, H/2] float32."""
+    angles = positions_BT.astype(jnp.float32)[..., None] * rope_frequencies(spec.rope, head_dim=spec.head_dim)[
+        (None,) * positions_BT.ndim
+    ]
+    return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+
+
+def rotate(x_BTNH: Array, rope: tuple[Array, Array]) -> Array:
+    """Rotary embedding, halves convention (as Hugging Face stores q and k)."""
+    cos, sin = rope
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A spec bound to a way of computing. Holds no arrays."""
+
+    spec: ModelSpec
+    compute: Compute
+
+    def init_params(self, key: Array, *, dtype: jnp.dtype) -> Params:
+        """Random weights (normal, `initializer_range`), born sharded. The same key gives the same weights on any mesh."""
+
+        def init(key):
+            decoder = Decoder(self.spec, rngs=nnx.Rngs(params=key))
+            params = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
+            return jax.tree.map(lambda x: x.astype(dtype), params)
+
+        return jax.jit(init, out_shardings=self.shardings())(key)
+
+    def abstract_params(self, *, dtype: jnp.dtype) -> Params:
+        """The tree as jax.ShapeDtypeStruct with shardings. Raises ConfigError where the mesh does not divide a dim."""
+        mesh = self.compute.ops.mesh
+
+        flat = {}
+        for path, param in nnx.to_flat_state(nnx.state(_abstract(self.spec), nnx.Param)):
+            logical = param.get_metadata()["logical"]
+            check_divisible(mesh, name="/".join(path), shape=param.shape, logical=logical)
+            flat[path] = jax.ShapeDtypeStruct(param.shape, dtype, sharding=sharding(mesh, *logical))
+        return nnx.traversals.unflatten_mapping(flat)
+
+    def shardings(self) -> Params:
+        """NamedSharding of every parameter."""
+        return jax.tree.map(lambda x: x.sharding, self.abstract_params(dtype=jnp.dtype("float32")))
+
+    def stacks(self, params: Params) -> list["Blocks"]:
+        """The runs as modules over `params`, each still stacked over its layers."""
+        graph, state = nnx.split(_abstract(self.spec))
+        nnx.replace_by_pure_dict(state, params)
+        decoder = nnx.merge(graph, state)
+        return [decoder.runs[str(i)] for i in range(len(runs(self.spec)))]
+
+    def embed(self, params: Params, tokens_BT: Array) -> Array:
+        c = self.compute
+        table = constrain(params["embed"].astype(c.dtype), c.ops.mesh, "vocab", None)
+        return constrain(table[tokens_BT], c.ops.mesh, "batch", None, None)
+
+    def final_norm(self, params: Params, x_BTD: Array) -> Array:
+        return rms_norm(x_BTD, params["final_norm"].astype(self.compute.dtype), eps=self.spec.rms_eps)
+
+    def head_weight(self, params: Params) -> Array:
+        """[V, D] in compute dtype, split over tensor only."""
+        w = params["embed"] if self.spec.tied_embeddings else params["head"]
+        return constrain(w.astype(self.compute.dtype), self.compute.ops.mesh, "vocab", None)
+
+    def hidden(self, params: Params, tokens_BT: Array, positions_BT: Array, segments_BT: Array) -> Array:
+        """Final-norm hidden states [B, T, D] of packed rows."""
+        c, rope = self.compute, rope_tables(self.spec, positions_BT)
+        mesh = c.ops.mesh
+
+        def attend(q, k, v):
+            q, k, v = (constrain(a, mesh, "batch", None, "heads", None) for a in (q, k, v))
+            return c.ops.attention(q, k, v, segments_BT)
+
+        x = self.embed(params, tokens_BT)
+        for stack in self.stacks(params):
+            graph, layers = nnx.split(stack)
+
+            def layer(x, params_of_layer, graph=graph):
+                return nnx.merge(graph, params_of_layer)(x, rope, attend, c), None
+
+            x, _ = jax.lax.scan(_remat(layer, c.remat), x, layers)
+        return self.final_norm(params, x)
+
+    def logprobs(self, params: Params, tokens_BT: Array, positions_BT: Array, segments_BT: Array, *, temperature=1.0):
+        """HeadOutput for every token given those before it in its segment; 0 at a segment's first token and padding."""
+        x = self.hidden(params, tokens_BT, positions_BT, segments_BT)
+        targets = jnp.roll(tokens_BT, -1, axis=1)
+        out = self.compute.ops.head(x, self.head_weight(params), targets, temperature=temperature)
+        inner = (positions_BT > 0) & (segments_BT > 0)
+        return type(out)(*(jnp.where(inner, jnp.roll(a, 1, axis=1), 0.0) for a in out))
+
+    def logits(self, params: Params, tokens_BT: Array) -> Array:
+        """[B, T, V] float32 of unpacked rows; for checks on short inputs only."""
+        positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
+        x = self.hidden(params, tokens_BT, positions, jnp.ones_like(tokens_BT))
+        return jnp.einsum("btd,vd->btv", x, self.head_weight(params), preferred_element_type=jnp.float32)
+
+
+def _remat(layer: Callable, policy: str) -> Callable:
+    if policy == "none":
+        return layer
+    if policy == "dots":
+        return jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, prevent_cse=False)
+    return jax.checkpoint(layer, prevent_cse=False)

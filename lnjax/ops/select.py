@@ -1,0 +1,59 @@
+"""Kernels behind one signature each, resolved once by name."""
+
+import functools
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh
+
+from lnjax.errors import KernelUnavailable
+from lnjax.ops.attention import attention_xla
+from lnjax.ops.head import HeadOutput, head_xla
+from lnjax.schema import OpsConfig
+
+
+class Matmul(Protocol):
+    """x [..., D] @ w [D, F] -> [..., F] in x's dtype. Pure."""
+
+    def __call__(self, x: Array, w: Array) -> Array: ...
+
+
+class Attention(Protocol):
+    """Causal within a segment; padding (segment 0) returns 0."""
+
+    def __call__(self, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segments_BT: Array) -> Array: ...
+
+
+class Head(Protocol):
+    """Logprobs and entropy of targets; never a [tokens, vocabulary] array."""
+
+    def __call__(self, x_BTD: Array, w_VD: Array, targets_BT: Array, *, temperature: float = 1.0) -> HeadOutput: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    mesh: Mesh
+    matmul: Matmul
+    attention: Attention
+    head: Head
+
+
+def matmul_xla(x: Array, w: Array) -> Array:
+    return jnp.matmul(x, w)
+
+
+def select_ops(c: OpsConfig, *, mesh: Mesh) -> Ops:
+    """Raises KernelUnavailable for a name that cannot run here."""
+    matmuls = {"xla": matmul_xla}
+    attentions = {"xla": attention_xla}
+    heads = {"xla": functools.partial(head_xla, mesh=mesh)}
+    for kind, name, known in (
+        ("matmul", c.matmul, matmuls),
+        ("attention", c.attention, attentions),
+        ("head", c.head, heads),
+    ):
+        if name not in known:
+            raise KernelUnavailable(f"ops.{kind}={name!r} does not exist; use one of {sorted(known)} with --ops.{kind}")
+    return Ops(mesh=mesh, matmul=matmuls[c.matmul], attention=attentions[c.attention], head=heads[c.head])
