@@ -213,6 +213,40 @@ class Model:
         decoder = nnx.merge(graph, state)
         return [decoder.runs[str(i)] for i in range(len(runs(self.spec)))]
 
+    def unstack(self, params: Params) -> Params:
+        """The same tree with `runs` replaced by `layers`: one dict a block, without the layer dim. For engines."""
+        layers = []
+        for i, run in enumerate(runs(self.spec)):
+            for j in range(len(run.blocks)):
+                layers.append(jax.tree.map(lambda x, j=j: x[j], params["runs"][str(i)]))
+        return {k: v for k, v in params.items() if k != "runs"} | {"layers": layers}
+
+    def layers(self, unstacked: Params) -> list["Blocks"]:
+        """One module a block, over what `unstack` returned."""
+        modules = []
+        for i, run in enumerate(runs(self.spec)):
+            graph, state = nnx.split(_abstract(self.spec).runs[str(i)])
+            for _ in run.blocks:
+                nnx.replace_by_pure_dict(state, unstacked["layers"][len(modules)])
+                modules.append(nnx.merge(graph, state))
+        return modules
+
+    def unstacked_shardings(self) -> Params:
+        """Of `unstack`ed parameters that are whole on every device but for the tensor axis."""
+        mesh = self.compute.ops.mesh
+
+        def place(param, *, first):
+            logical = [a if a != "embed" else None for a in param.get_metadata()["logical"]]
+            return sharding(mesh, *logical[first:])
+
+        flat = nnx.to_flat_state(nnx.state(_abstract(self.spec), nnx.Param))
+        top = {path: place(p, first=0) for path, p in flat if path[0] != "runs"}
+        layers = []
+        for i, run in enumerate(runs(self.spec)):
+            one = {path[2:]: place(p, first=1) for path, p in flat if path[:2] == ("runs", str(i))}
+            layers += [nnx.traversals.unflatten_mapping(one)] * len(run.blocks)
+        return nnx.traversals.unflatten_mapping(top) | {"layers": layers}
+
     def embed(self, params: Params, tokens_BT: Array) -> Array:
         c = self.compute
         table = constrain(params["embed"].astype(c.dtype), c.ops.mesh, "vocab", None)

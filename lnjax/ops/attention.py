@@ -53,3 +53,14 @@ def attend_masked(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array) 
     weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
     out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v_BSKH.dtype), v_BSKH)
     return out.reshape(b, t, n, h)
+
+
+def attend_cached(q_SNH: Array, k_SKTH: Array, v_SKTH: Array, num_keys_S: Array) -> Array:
+    """One query a slot against the first `num_keys_S` entries of its cache; [S, N, H] in q's dtype."""
+    s, n, h = q_SNH.shape
+    kv, t = k_SKTH.shape[1:3]
+    q = q_SNH.reshape(s, kv, n // kv, h)
+    scores = jnp.einsum("skgh,skth->skgt", q, k_SKTH, preferred_element_type=jnp.float32) * h**-0.5
+    seen = (jnp.arange(t)[None] < num_keys_S[:, None])[:, None, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
+    return jnp.einsum("skgt,skth->skgh", weights.astype(v_SKTH.dtype), v_SKTH).reshape(s, n, h)

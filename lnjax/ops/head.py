@@ -141,10 +141,11 @@ def _backward(x_BTD, w_VD, targets_BT, lse_BT, g_BT, *, mesh: Mesh, temperature:
         dx, dw = jax.lax.fori_loop(0, -(-w.shape[0] // block), body, init)
         if shards > 1:
             dx = jax.lax.psum(dx, VOCAB)
-        dw = jax.lax.psum(dw, "data")
+        if mesh.shape["data"] > 1:
+            dw = jax.lax.psum(dw, "data")
         if d_split:
             dw = jax.lax.psum_scatter(dw, "fsdp", scatter_dimension=1, tiled=True)
-        else:
+        elif mesh.shape["fsdp"] > 1:
             dw = jax.lax.psum(dw, "fsdp")
         return dx.reshape(x_btd.shape).astype(x.dtype), dw.astype(w.dtype)
 
