@@ -1,0 +1,88 @@
+"""What every loop needs, built once from the config: what can fail, fails here, before any training."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh
+
+from lnjax.checkpoint.load import load_weights, read_spec
+from lnjax.data.tokenizer import Tokenizer, load_tokenizer
+from lnjax.errors import ConfigError
+from lnjax.mesh import make_mesh
+from lnjax.metrics import MetricsLog
+from lnjax.models.decoder import Compute, Model
+from lnjax.ops.select import select_ops
+from lnjax.schema import ModelConfig, RunConfig, SamplingConfig
+from lnjax.types import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """Everything of a run that does not change while it trains."""
+
+    config: RunConfig
+    run_dir: Path
+    mesh: Mesh
+    model: Model
+    tokenizer: Tokenizer
+    key: Array
+    """Base of every random draw: `fold_in` a purpose (KEY_*) and go on from there."""
+
+    @property
+    def param_dtype(self) -> Any:
+        return jnp.dtype(self.config.model.param_dtype)
+
+    def sampling(self, c: SamplingConfig) -> SamplingParams:
+        return SamplingParams(c.temperature, c.top_p, c.top_k, c.max_new_tokens, self.tokenizer.stop_token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a loop acts on and whoever built it closes."""
+
+    log: MetricsLog
+    store: Any
+    engine: Any
+    reward: Any
+
+
+KEY_INIT, KEY_ENGINE, KEY_STATE = range(3)
+"""Purposes folded into the base key."""
+
+
+def tokenizer_source(c: ModelConfig) -> str:
+    return c.source if c.tokenizer == "same" else c.tokenizer
+
+
+def build(c: RunConfig, run_dir: Path) -> Built:
+    """Mesh, kernels, architecture, tokenizer. Reads no weights."""
+    mesh = make_mesh(c.mesh)
+    if c.model.source == "random":
+        if c.model.spec is None:
+            raise ConfigError("model.source=random needs model.spec; give one in the config or another --model.source")
+        spec = c.model.spec
+    else:
+        spec = read_spec(c.model.source)
+    tokenizer = load_tokenizer(tokenizer_source(c.model))
+    if tokenizer.vocab_size > spec.vocab_size:
+        raise ConfigError(
+            f"tokenizer {tokenizer_source(c.model)} has {tokenizer.vocab_size} ids, the model's vocabulary "
+            f"{spec.vocab_size}; use the model's own tokenizer (--model.tokenizer same)"
+        )
+    compute = Compute(select_ops(c.ops, mesh=mesh), jnp.dtype(c.model.compute_dtype), c.model.remat)
+    model = Model(spec, compute)
+    model.abstract_params(dtype=jnp.dtype(c.model.param_dtype))  # names a dimension that the mesh does not divide
+    return Built(c, run_dir, mesh, model, tokenizer, jax.random.key(c.seed))
+
+
+def initial_params(b: Built) -> Any:
+    """Random or loaded master weights, sharded."""
+    if b.config.model.source == "random":
+        return b.model.init_params(jax.random.fold_in(b.key, KEY_INIT), dtype=b.param_dtype)
+    return load_weights(
+        b.config.model.source, spec=b.model.spec, dtype=b.param_dtype, shardings=b.model.shardings()
+    )
