@@ -1,0 +1,73 @@
+"""Generated two-digit arithmetic with a short worked solution inside think tags: data a tiny model learns in minutes."""
+
+import hashlib
+import random
+from collections.abc import Iterator
+
+from lnjax.data.rows import SWITCH, Row
+from lnjax.errors import DataError
+
+HELD_OUT_OF_TEN = 1
+DIRECT_SHARE = 0.2
+"""Of problems asked with reasoning off and answered without a thought."""
+
+
+def arithmetic_rows(*, num_rows: int, seed: int, split: str) -> list[Row]:
+    """Distinct problems with both `output` (SFT) and `args` (RL); the same for the same arguments.
+
+    A problem belongs to one split by its own hash, so train and heldout share none whatever the seeds.
+    """
+    rows: dict[str, Row] = {}
+    for problem, answer, work in _problems(random.Random(f"arithmetic/{split}/{seed}")):
+        if problem in rows or _split(problem) != split:
+            continue
+        direct = _unit(f"mode/{problem}") < DIRECT_SHARE
+        mode = "off" if direct else "on"
+        rows[problem] = {
+            "input": [{"role": "user", "content": f"{problem}=?"}],
+            "output": answer if direct else f"<think>{work}</think>{answer}",
+            "args": {"verifier": "integer", "answer": answer},
+            "category": "math",
+            "reasoning": mode,
+            "system_prompt": SWITCH[mode],
+        }
+        if len(rows) == num_rows:
+            return list(rows.values())
+    raise DataError(
+        f"arithmetic: only {len(rows)} distinct problems in split {split!r}, {num_rows} asked for; lower num_prompts or "
+        "num_examples"
+    )
+
+
+def _problems(rng: random.Random) -> Iterator[tuple[str, str, str]]:
+    """(problem, answer, work), a fixed number of draws."""
+    for _ in range(200_000):
+        a, b = rng.randint(10, 99), rng.randint(10, 99)
+        if rng.random() < 0.5:
+            yield f"{a}+{b}", str(a + b), _add(a, b)
+        else:
+            a, b = max(a, b), min(a, b)
+            yield f"{a}-{b}", str(a - b), _subtract(a, b)
+
+
+def _add(a: int, b: int) -> str:
+    """Ones, then tens with the carry: 47+38 -> `7+8=15 4+3+1=8`."""
+    ones = a % 10 + b % 10
+    carry = "+1" if ones > 9 else ""
+    return f"{a % 10}+{b % 10}={ones} {a // 10}+{b // 10}{carry}={a // 10 + b // 10 + ones // 10}"
+
+
+def _subtract(a: int, b: int) -> str:
+    """Ones (borrowing ten where needed), then tens: 52-38 -> `12-8=4 5-3-1=1`."""
+    borrow = a % 10 < b % 10
+    ones = a % 10 + 10 * borrow
+    return f"{ones}-{b % 10}={ones - b % 10} {a // 10}-{b // 10}{'-1' if borrow else ''}={a // 10 - b // 10 - borrow}"
+
+
+def _unit(text: str) -> float:
+    """In [0, 1), a function of the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
+
+
+def _split(problem: str) -> str:
+    return "heldout" if _unit(problem) * 10 < HELD_OUT_OF_TEN else "train"

@@ -1,0 +1,106 @@
+"""Rows in the Llama-Nemotron post-training schema: {input, output | args, system_prompt, reasoning, …}."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lnjax.data.chat import check_roles, prompt_ids, supervised
+from lnjax.data.tokenizer import Tokenizer
+from lnjax.errors import DataError
+from lnjax.types import Prompt, Sample
+
+Row = Mapping[str, Any]
+SWITCH = {"on": "detailed thinking on", "off": "detailed thinking off"}
+"""System prompts of the reasoning switch (arXiv 2505.00949, section 4)."""
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
+    """(`file:line`, row) of each line that is not blank. Raises DataError naming file and line."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; put the dataset there or change the config's data source")
+    found = False
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}:{number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:  # bad UTF-8 as well
+                raise DataError(f"{where}: not valid JSON ({error}); fix or remove the line") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
+            found = True
+            yield where, row
+    if not found:
+        raise DataError(f"{path}: no rows; expected one JSON object a line")
+
+
+def messages_of(row: Row, *, where: str, system_prompt: str = "") -> list[Mapping[str, Any]]:
+    """The conversation of a row, its system message first: the row's own, else the reasoning switch, else `system_prompt`."""
+    messages = row.get("input")
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where}: key `input` must be a list of messages with role and content, got {messages!r:.80}")
+    check_roles(messages, where=where)
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise DataError(f"{where}: the last message of `input` is from {messages[-1]['role']!r}, expected the user")
+    reasoning = row.get("reasoning", "off")
+    if reasoning not in SWITCH:
+        raise DataError(f"{where}: reasoning={reasoning!r}, expected `on` or `off`")
+    if messages[0]["role"] == "system":
+        return messages
+    default = SWITCH[reasoning] if "reasoning" in row and not system_prompt else system_prompt
+    system = row.get("system_prompt", default)
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def to_sample(row: Row, *, where: str, tokenizer: Tokenizer, max_tokens: int) -> Sample:
+    """An SFT row as token ids with its loss mask. Raises DataError naming the row."""
+    messages = messages_of(row, where=where)
+    output = row.get("output")
+    if not isinstance(output, str):
+        raise DataError(f"{where}: key `output` must be a string, got {type(output).__name__}")
+    sample = supervised(tokenizer, messages, answer=output, where=where)
+    if len(sample.token_ids) > max_tokens:
+        raise DataError(
+            f"{where}: {len(sample.token_ids)} tokens, but a packed row holds {max_tokens}; raise pack.row_tokens or "
+            "filter the row"
+        )
+    return sample
+
+
+def to_prompt(row: Row, *, where: str, tokenizer: Tokenizer, max_tokens: int, system_prompt: str = "") -> Prompt:
+    """An RL row as a Prompt with id `where`. Raises DataError naming the row."""
+    messages = messages_of(row, where=where, system_prompt=system_prompt)
+    args = row.get("args")
+    if not isinstance(args, dict):
+        raise DataError(f"{where}: key `args` must be an object with what the verifier checks against, got {args!r:.80}")
+    ids = prompt_ids(tokenizer, messages)
+    if len(ids) > max_tokens:
+        raise DataError(
+            f"{where}: the prompt has {len(ids)} tokens, prompts.max_prompt_tokens is {max_tokens}; raise it or filter "
+            "the row"
+        )
+    return Prompt(
+        id=where,
+        token_ids=tuple(ids),
+        verifier=_verifier(args, where=where),
+        args=args,
+        text=messages[-1]["content"],
+        reasoning=row.get("reasoning", "off") == "on",
+    )
+
+
+def _verifier(args: Mapping[str, Any], *, where: str) -> str:
+    if "verifier" in args:
+        return str(args["verifier"])
+    for key, name in (("instruction_id_list", "ifeval"), ("expected_answer", "math")):
+        if key in args:
+            return name
+    raise DataError(
+        f"{where}: no way to verify it: args has {sorted(args)}, expected `verifier`, `instruction_id_list` or "
+        "`expected_answer`"
+    )

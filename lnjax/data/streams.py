@@ -1,0 +1,166 @@
+"""Endless, seekable streams of prompts and of packed SFT batches. The order never depends on the number of hosts."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from grain import experimental
+
+from lnjax.data.arithmetic import arithmetic_rows
+from lnjax.data.ifeval_prompts import ifeval_prompts
+from lnjax.data.rows import Row, read_jsonl, to_prompt, to_sample
+from lnjax.data.tokenizer import Tokenizer
+from lnjax.errors import ConfigError, DataError
+from lnjax.metrics import progress
+from lnjax.schema import PromptConfig, SftConfig
+from lnjax.types import PackedBatch, Prompt, Sample
+
+REASONING_GYM = "reasoning_gym:"
+HELDOUT_SEED = 1_000_003  # added to the seed of generators that cannot split by problem
+
+
+class PromptStream:
+    """Prompts in a new order every epoch, addressed by one global index."""
+
+    def __init__(self, prompts: Sequence[Prompt], *, seed: int):
+        self._order = grain.MapDataset.source(list(prompts)).seed(seed).shuffle().repeat()
+        self._next = 0
+
+    def take(self, count: int) -> list[Prompt]:
+        """The next prompts; they repeat, reshuffled, after the last."""
+        found = [self._order[self._next + i] for i in range(count)]
+        self._next += count
+        return found
+
+    @property
+    def cursor(self) -> dict[str, Any]:
+        return {"next": self._next}
+
+    def seek(self, cursor: dict[str, Any]) -> None:
+        self._next = cursor["next"]
+
+
+class SftStream:
+    """Packed batches of `batch_rows` rows (host arrays), from a grain pipeline whose state is the cursor."""
+
+    def __init__(self, samples: Sequence[Sample], *, c: SftConfig, seed: int):
+        source = [
+            {"tokens": np.asarray(s.token_ids, np.int32), "mask": np.asarray(s.loss_mask, np.float32)} for s in samples
+        ]
+        length = c.pack.row_tokens
+        packed = experimental.FirstFitPackIterDataset(
+            grain.MapDataset.source(source).seed(seed).shuffle().repeat().to_iter_dataset(),
+            length_struct={"tokens": length, "mask": length},
+            num_packing_bins=c.batch_rows,
+            seed=seed,
+            max_sequences_per_bin=c.pack.max_segments,
+        )
+        self._batches = iter(packed.batch(c.batch_rows))
+
+    def take(self) -> PackedBatch:
+        """The next update's rows."""
+        rows = next(self._batches)
+        return PackedBatch(
+            tokens_BT=rows["tokens"],
+            positions_BT=rows["tokens_positions"],
+            segment_ids_BT=rows["tokens_segment_ids"],
+            loss_mask_BT=rows["mask"],
+        )
+
+    @property
+    def cursor(self) -> dict[str, Any]:
+        state = self._batches.get_state()
+        return {"grain": state.decode() if isinstance(state, bytes) else state}
+
+    def seek(self, cursor: dict[str, Any]) -> None:
+        self._batches.set_state(cursor["grain"])
+
+
+def build_prompt_stream(c: PromptConfig, tokenizer: Tokenizer) -> PromptStream:
+    """Every prompt is tokenized and checked now. Raises DataError naming the row, ConfigError for the source."""
+    rows = _prompt_rows(c)
+    with progress(f"prompts of {c.source}", total=len(rows), unit="prompts") as advance:
+        prompts = []
+        for where, row in rows:
+            prompts.append(
+                to_prompt(
+                    row, where=where, tokenizer=tokenizer, max_tokens=c.max_prompt_tokens, system_prompt=c.system_prompt
+                )
+            )
+            advance(1)
+    return PromptStream(prompts, seed=c.seed)
+
+
+def build_sft_stream(c: SftConfig, tokenizer: Tokenizer, *, seed: int) -> SftStream:
+    """Every example is tokenized and checked now. Raises DataError naming the row."""
+    if c.data.source == "arithmetic":
+        if c.data.num_examples < 1:
+            raise ConfigError("sft.data.num_examples must be at least 1 for a generated source")
+        rows = _named("arithmetic/train", arithmetic_rows(num_rows=c.data.num_examples, seed=c.data.seed, split="train"))
+    else:
+        rows = _file_rows(c.data.source, limit=c.data.num_examples)
+    with progress(f"examples of {c.data.source}", total=len(rows), unit="examples") as advance:
+        samples = []
+        for where, row in rows:
+            samples.append(to_sample(row, where=where, tokenizer=tokenizer, max_tokens=c.pack.row_tokens))
+            advance(1)
+    return SftStream(samples, c=c, seed=seed)
+
+
+def _prompt_rows(c: PromptConfig) -> list[tuple[str, Row]]:
+    generated = c.source in ("arithmetic", "ifeval") or c.source.startswith(REASONING_GYM)
+    if generated and c.num_prompts < 1:
+        raise ConfigError(f"num_prompts must be at least 1 for the generated source {c.source!r}")
+    name = f"{c.source}/{c.split}"
+    if c.source == "arithmetic":
+        return _named(name, arithmetic_rows(num_rows=c.num_prompts, seed=c.seed, split=c.split))
+    if c.source == "ifeval":
+        return _named(name, ifeval_prompts(c.num_prompts, seed=c.seed, split=c.split))
+    if c.source.startswith(REASONING_GYM):
+        return _named(name, _reasoning_gym_rows(c))
+    return _file_rows(c.source, limit=c.num_prompts)
+
+
+def _named(name: str, rows: Sequence[Row]) -> list[tuple[str, Row]]:
+    return [(f"{name}/{i}", row) for i, row in enumerate(rows)]
+
+
+def _file_rows(source: str, *, limit: int) -> list[tuple[str, Row]]:
+    if not source.endswith(".jsonl"):
+        raise ConfigError(
+            f"unknown data source {source!r}; use `arithmetic`, `ifeval`, `{REASONING_GYM}TASK` or a .jsonl file"
+        )
+    rows = []
+    for item in read_jsonl(Path(source)):
+        rows.append(item)
+        if len(rows) == limit:
+            break
+    return rows
+
+
+def _reasoning_gym_rows(c: PromptConfig) -> list[Row]:
+    import reasoning_gym  # noqa: PLC0415 - two seconds, and only for this source
+
+    task = c.source.removeprefix(REASONING_GYM)
+    seed = c.seed + (HELDOUT_SEED if c.split == "heldout" else 0)
+    try:
+        entries = reasoning_gym.create_dataset(task, size=c.num_prompts, seed=seed)
+    except ValueError as error:
+        raise ConfigError(f"{c.source}: {error}; reasoning_gym.factory.DATASETS lists the tasks") from error
+    rows = []
+    for i in range(c.num_prompts):
+        try:
+            entry = json.loads(json.dumps(entries[i]))
+        except TypeError as error:
+            raise DataError(f"{c.source}: entry {i} is not plain JSON ({error}); choose another task") from error
+        rows.append(
+            {
+                "input": [{"role": "user", "content": entry["question"]}],
+                "args": {"verifier": "reasoning_gym", "task": task, "entry": entry},
+                "category": task,
+            }
+        )
+    return rows
