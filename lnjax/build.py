@@ -15,9 +15,10 @@ from lnjax.errors import ConfigError
 from lnjax.mesh import make_mesh
 from lnjax.metrics import MetricsLog
 from lnjax.models.decoder import Compute, Model
+from lnjax.models.fingerprint import fingerprint
 from lnjax.ops.select import select_ops
 from lnjax.schema import ModelConfig, RunConfig, SamplingConfig
-from lnjax.types import SamplingParams
+from lnjax.types import SamplingParams, WeightVersion
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,3 +87,8 @@ def initial_params(b: Built) -> Any:
     return load_weights(
         b.config.model.source, spec=b.model.spec, dtype=b.param_dtype, shardings=b.model.shardings()
     )
+
+
+def serve(b: Built, r: Resources, *, number: int, params: Any) -> None:
+    """Make the engine sample from `params` as version `number`; returns once it does."""
+    r.engine.load_weights(WeightVersion(number, fingerprint(params), ""), params)

@@ -48,9 +48,10 @@ class Checkpoints:
     def latest(self) -> int | None:
         return max(self.numbers(), default=None)
 
-    def save(self, number: int, tree: Any, *, extra: Mapping[str, Any]) -> None:
-        """Start writing `tree` and `extra` (JSON) as checkpoint `number`. Raises what the previous save ran into."""
+    def save(self, tree: Any, *, extra: Mapping[str, Any]) -> None:
+        """Start writing `tree` and `extra` (JSON) under the next number. Raises what the previous save ran into."""
         self.wait()
+        number = (self.latest() or 0) + 1
         flat = {path: jnp.copy(leaf) for path, leaf in flatten(tree).items()}  # the caller donates its arrays next
         jax.block_until_ready(flat)
         temporary = self._folder / f"{TEMPORARY}{number}"

@@ -37,10 +37,10 @@ class Updater:
         self._first = jax.jit(functools.partial(_gradient, loss_fn), out_shardings=(where, None))
         self._next = jax.jit(functools.partial(_accumulate, loss_fn), out_shardings=(where, None), donate_argnums=(1,))
         self._apply = jax.jit(self._apply_gradient, out_shardings=(state, None), donate_argnums=(0, 1))
-        self._init = jax.jit(self._init_state, out_shardings=state)
+        self._init = jax.jit(self._init_state, out_shardings=state, donate_argnums=(0,))
 
     def init(self, params: Any, *, step: int, rng: Array) -> TrainState:
-        """A fresh state with a copy of `params`."""
+        """A fresh state that takes over `params` (donated)."""
         return self._init(params, jnp.asarray(step, jnp.int32), rng)
 
     def _init_state(self, params: Any, step: Array, rng: Array) -> TrainState:

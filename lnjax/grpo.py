@@ -1,0 +1,213 @@
+"""Group-relative policy optimization: sample, score, credit, pack, update, publish, keep."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lnjax.build import KEY_STATE, Built, Resources, serve
+from lnjax.data.packing import pack
+from lnjax.data.streams import PromptStream, build_prompt_stream
+from lnjax.health import check_update
+from lnjax.learn.advantage import group_advantages, loss_weight
+from lnjax.learn.loss import LossSum, grpo_loss
+from lnjax.learn.update import Updater
+from lnjax.mesh import put_rows
+from lnjax.schema import GrpoConfig
+from lnjax.score import score_groups
+from lnjax.sft import microbatches
+from lnjax.stage import Position, Stage
+from lnjax.types import RlBatch, RolloutGroup, Sample
+
+FIRST_PART = ("sampler_kl", "prob_error")
+"""Compare the engine's logprobs with the learner's on the same weights: only before the cycle's first update."""
+
+
+def build_stream(b: Built, c: GrpoConfig) -> PromptStream:
+    return build_prompt_stream(c.prompts, b.tokenizer)
+
+
+def build_updater(b: Built, c: GrpoConfig) -> Updater:
+    model = b.model
+
+    def loss(params: Any, batch: RlBatch) -> LossSum:
+        packed = batch.packed
+        out = model.logprobs(
+            params,
+            packed.tokens_BT,
+            packed.positions_BT,
+            packed.segment_ids_BT,
+            temperature=c.sampling.temperature,
+        )
+        return grpo_loss(out.logprobs, out.entropy, batch, c=c.loss)
+
+    abstract = model.abstract_params(dtype=b.param_dtype)
+    return Updater(loss, abstract_params=abstract, c=c.optimizer, total_steps=c.steps * c.updates_per_step)
+
+
+def run(b: Built, r: Resources, c: GrpoConfig, *, stage: Stage, start: Position) -> Any:
+    """Train until `c.steps`; returns the parameters. Continues where `start` says."""
+    updater, prompts = build_updater(b, c), build_stream(b, c)
+    logprobs = jax.jit(_logprobs_program(b, c))
+    reference = None
+    if start.saved is None:
+        params = start.params()
+        if c.loss.kl_coef > 0:
+            reference = jax.tree.map(jnp.copy, params)
+        state = updater.init(params, step=start.updates, rng=jax.random.fold_in(b.key, KEY_STATE))
+    else:
+        abstract = updater.abstract_state()
+        tree = stage.restore(start.saved, _tree(abstract, abstract.params if c.loss.kl_coef > 0 else None))
+        state, reference = tree["state"], tree.get("reference")
+        prompts.seek(start.saved["cursor"])
+    updates = start.updates + start.step * c.updates_per_step
+    if start.step < c.steps:
+        with r.log.phase("publish"):
+            serve(b, r, number=updates, params=state.params)
+    for rl_step in range(start.step + 1, c.steps + 1):
+        # 1 sample: P prompts x G completions; every token carries its weight version
+        asked = prompts.take(c.prompts_per_step)
+        with r.log.phase("sample"):
+            completions_PG = r.engine.generate(
+                asked, num_samples=c.samples_per_prompt, sampling=b.sampling(c.sampling), seed=rl_step
+            )
+        # 2 score: text in, float out; an unfinished completion scores 0
+        with r.log.phase("score"):
+            groups = score_groups(asked, completions_PG, tokenizer=b.tokenizer, reward=r.reward)
+        # 3 credit, 4 pack: one scalar per rollout inside its group; static shapes
+        with r.log.phase("pack"):
+            size = len(groups) // c.updates_per_step
+            parts = [credit(groups[i * size : (i + 1) * size], c=c) for i in range(c.updates_per_step)]
+            batches = [put_rows(b.mesh, pack_part(part, c=c, first=i == 0)) for i, part in enumerate(parts)]
+        # old and reference logprobs before any update, where they are needed
+        with r.log.phase("logprobs"):
+            for i, batch in enumerate(batches):
+                if i > 0:
+                    batches[i] = batch = _fill(batch, "old_logprobs_BT", logprobs, state.params)
+                if reference is not None:
+                    batches[i] = _fill(batch, "ref_logprobs_BT", logprobs, reference)
+        # 5 update: the only place parameters change
+        with r.log.phase("update"):
+            stats = []
+            for batch in batches:
+                state, values = updater.update(state, batch)
+                stats.append(values)
+            values = _combine(jax.device_get(stats))
+            updates += len(batches)
+        values |= _describe(groups)
+        values["update_tokens"] = sum(len(s.token_ids) for part in parts for s in part)
+        check_update("grpo", rl_step, values, max_skipped_in_a_row=c.optimizer.max_skipped_in_a_row)
+        # 6 publish: returns once the engine serves these weights, else raises
+        with r.log.phase("publish"):
+            serve(b, r, number=updates, params=state.params)
+        r.log.log("grpo", step=rl_step, values=values, total_steps=c.steps)
+        # 7 keep
+        if stage.due(rl_step) or rl_step == c.steps:
+            stage.save(rl_step, _tree(state, reference), cursor=prompts.cursor)
+    return state.params
+
+
+def credit(groups: Sequence[RolloutGroup], *, c: GrpoConfig) -> list[Sample]:
+    """Each rollout as prompt and completion with its advantage; overlong ones are left out where filtered."""
+    samples = []
+    for group in groups:
+        rewards = [x.score.reward for x in group.rollouts]
+        finished = [x.completion.finished for x in group.rollouts]
+        advantages = group_advantages(rewards, finished, c=c.advantage)
+        for rollout, advantage in zip(group.rollouts, advantages, strict=True):
+            if c.advantage.overlong_filter and not rollout.completion.finished:
+                continue
+            before, after = group.prompt.token_ids, rollout.completion.token_ids
+            samples.append(
+                Sample(
+                    token_ids=before + after,
+                    loss_mask=(0,) * len(before) + (1,) * len(after),
+                    sampler_logprobs=(0.0,) * len(before) + rollout.completion.logprobs,
+                    advantage=float(advantage),
+                )
+            )
+    return samples
+
+
+def pack_part(samples: Sequence[Sample], *, c: GrpoConfig, first: bool) -> list[RlBatch]:
+    """Microbatches (host arrays) of one update."""
+    packing = pack(samples, c=c.pack)
+    weights, count_B = [], np.zeros((packing.num_rows,), np.float32)
+    for sample, (row, _, _) in zip(samples, packing.places, strict=True):
+        weight, count = loss_weight(
+            num_tokens=sum(sample.loss_mask),
+            aggregation=c.loss.aggregation,
+            max_new_tokens=c.sampling.max_new_tokens,
+        )
+        weights.append(weight)
+        count_B[row] += count
+    packed = packing.batch()
+    zeros = np.zeros_like(packed.loss_mask_BT)
+    batch = RlBatch(
+        packed=packed,
+        advantages_BT=packing.scatter([s.advantage for s in samples], masked=True),
+        weights_BT=packing.scatter(weights, masked=True),
+        count_B=count_B,
+        sampler_logprobs_BT=packing.scatter([s.sampler_logprobs for s in samples]),
+        old_logprobs_BT=zeros,
+        ref_logprobs_BT=zeros,
+        on_policy=np.asarray(first),
+    )
+    return microbatches(batch, rows=c.pack.microbatch_rows)
+
+
+def _logprobs_program(b: Built, c: GrpoConfig) -> Any:
+    def logprobs(params, packed):
+        out = b.model.logprobs(
+            params, packed.tokens_BT, packed.positions_BT, packed.segment_ids_BT, temperature=c.sampling.temperature
+        )
+        return out.logprobs
+
+    return logprobs
+
+
+def _fill(batches: Sequence[RlBatch], name: str, logprobs: Any, params: Any) -> list[RlBatch]:
+    return [dataclasses.replace(x, **{name: logprobs(params, x.packed)}) for x in batches]
+
+
+def _tree(state: Any, reference: Any) -> dict[str, Any]:
+    return {"state": state} if reference is None else {"state": state, "reference": reference}
+
+
+def _combine(stats: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean over the cycle's updates; maxima stay maxima, guards and the engine's parity are taken where they count."""
+    values = {}
+    for key in stats[0]:
+        column = [float(s[key]) for s in stats]
+        if key in FIRST_PART:
+            values[key] = column[0]
+        elif key in ("skipped", "skipped_in_a_row", "learning_rate"):
+            values[key] = column[-1]
+        elif key == "tokens":
+            values["loss_tokens"] = int(sum(column))
+        else:
+            values[key] = max(column) if key.endswith("_max") else sum(column) / len(column)
+    return values
+
+
+def _describe(groups: Sequence[RolloutGroup]) -> dict[str, Any]:
+    """What the rollouts were like."""
+    rollouts = [x for g in groups for x in g.rollouts]
+    count = len(rollouts)
+    lengths = [len(x.completion.token_ids) for x in rollouts]
+    parts = sorted({k for x in rollouts for k in x.score.parts})
+    mixed = sum(len({x.score.reward for x in g.rollouts}) > 1 for g in groups)
+    return {
+        "reward": sum(x.score.reward for x in rollouts) / count,
+        **{k: sum(x.score.parts.get(k, 0.0) for x in rollouts) / count for k in parts},
+        "mixed_groups": mixed / len(groups),
+        "completion_tokens_mean": sum(lengths) / count,
+        "completion_tokens_max": max(lengths),
+        "unfinished": sum(not x.completion.finished for x in rollouts) / count,
+        "verifier_failures": sum(bool(x.score.failure) for x in rollouts),
+        "sample_tokens": sum(lengths),
+        "version": max(x.completion.versions[-1] for x in rollouts),
+    }

@@ -1,0 +1,73 @@
+"""Supervised fine-tuning: packed conversations in, token-level cross-entropy, one update a step."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lnjax.build import KEY_STATE, Built, Resources
+from lnjax.data.streams import SftStream, build_sft_stream
+from lnjax.health import check_update
+from lnjax.learn.loss import LossSum, sft_loss
+from lnjax.learn.update import Updater
+from lnjax.mesh import put_rows
+from lnjax.schema import SftConfig
+from lnjax.stage import Position, Stage
+from lnjax.types import PackedBatch
+
+
+def build_stream(b: Built, c: SftConfig) -> SftStream:
+    return build_sft_stream(c, b.tokenizer, seed=b.config.seed)
+
+
+def build_updater(b: Built, c: SftConfig) -> Updater:
+    model = b.model
+
+    def loss(params: Any, batch: PackedBatch) -> LossSum:
+        out = model.logprobs(params, batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
+        return sft_loss(out.logprobs, out.entropy, batch)
+
+    abstract = model.abstract_params(dtype=b.param_dtype)
+    return Updater(loss, abstract_params=abstract, c=c.optimizer, total_steps=c.steps)
+
+
+def run(b: Built, r: Resources, c: SftConfig, *, stage: Stage, start: Position) -> Any:
+    """Train until `c.steps`; returns the parameters. Continues where `start` says."""
+    updater, stream = build_updater(b, c), build_stream(b, c)
+    if start.saved is None:
+        state = updater.init(start.params(), step=start.updates, rng=jax.random.fold_in(b.key, KEY_STATE))
+    else:
+        state = stage.restore(start.saved, {"state": updater.abstract_state()})["state"]
+        stream.seek(start.saved["cursor"])
+    pending: tuple[int, dict[str, Any]] | None = None
+    for step in range(start.step + 1, c.steps + 1):
+        with r.log.phase("data"):
+            batch = stream.take()
+            rows = put_rows(b.mesh, microbatches(batch, rows=c.pack.microbatch_rows))
+        state, stats = updater.update(state, rows)
+        stats["update_tokens"] = int((batch.segment_ids_BT > 0).sum())
+        if pending:  # the device is busy with this step while the last one's numbers are read
+            _log(r, c, *pending)
+        pending = (step, stats)
+        if stage.due(step) or step == c.steps:
+            _log(r, c, *pending)
+            pending = None
+            stage.save(step, {"state": state}, cursor=stream.cursor)
+    return state.params
+
+
+def microbatches(batch: Any, *, rows: int) -> list[Any]:
+    """The batch's rows (leading dim of every array but scalars) in groups of `rows`."""
+    leaves = [x for x in jax.tree.leaves(batch) if np.ndim(x)]
+    return [
+        jax.tree.map(lambda x, i=i: x[i : i + rows] if np.ndim(x) else x, batch)
+        for i in range(0, leaves[0].shape[0], rows)
+    ]
+
+
+def _log(r: Resources, c: SftConfig, step: int, stats: Mapping[str, Any]) -> None:
+    with r.log.phase("update"):
+        values = {k: float(v) if k != "update_tokens" else v for k, v in jax.device_get(stats).items()}
+    r.log.log("sft", step=step, values=values, total_steps=c.steps)
+    check_update("sft", step, values, max_skipped_in_a_row=c.optimizer.max_skipped_in_a_row)

@@ -1,0 +1,57 @@
+"""Where a stage begins, and how it keeps what it has done: one checkpoint series for the whole run."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from lnjax.checkpoint.store import Checkpoints
+from lnjax.metrics import MetricsLog
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where to start a stage."""
+
+    params: Callable[[], Any]
+    """Weights at the start of the stage. Called where they are needed: a resumed stage reads its own."""
+    updates: int
+    """Optimizer updates of the stages before."""
+    step: int
+    """Steps of this stage already done."""
+    saved: dict[str, Any] | None
+    """`extra` of the checkpoint taken inside this stage, or None at its beginning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A stage's way to the run's checkpoints."""
+
+    name: str
+    store: Checkpoints
+    log: MetricsLog
+    every: int
+    evals: Mapping[str, Any]
+    """Evaluations so far; kept with every checkpoint."""
+
+    def due(self, step: int) -> bool:
+        return bool(self.every) and step % self.every == 0
+
+    def save(self, step: int, tree: Mapping[str, Any], *, cursor: Mapping[str, Any]) -> None:
+        """Checkpoint the tree with the data and metrics cursors, in the background."""
+        with self.log.phase("save"):
+            self.store.save(
+                dict(tree),
+                extra={
+                    "stage": self.name,
+                    "step": step,
+                    "updates": int(jax.device_get(tree["state"].step)),
+                    "metrics_lines": self.log.lines,
+                    "cursor": dict(cursor),
+                    "evals": dict(self.evals),
+                },
+            )
+
+    def restore(self, saved: Mapping[str, Any], abstract: Mapping[str, Any]) -> Mapping[str, Any]:
+        return self.store.restore(saved["number"], dict(abstract))

@@ -1,0 +1,137 @@
+"""A run: its stages in order, evaluated before the first and after each, resumed from the last checkpoint."""
+
+import contextlib
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lnjax import grpo, sft
+from lnjax.build import KEY_ENGINE, Built, Resources, build, initial_params
+from lnjax.checkpoint.hf import save_hf
+from lnjax.checkpoint.store import Checkpoints
+from lnjax.config import config_hash, save_config
+from lnjax.data.chat import lint_template
+from lnjax.data.streams import build_prompt_stream
+from lnjax.evaluate import EvalResult, evaluate
+from lnjax.metrics import MetricsLog, peak_memory_bytes, write_json
+from lnjax.report import plot_run
+from lnjax.rewards.pool import build_reward
+from lnjax.rollout.embedded import EmbeddedEngine
+from lnjax.schema import RunConfig
+from lnjax.stage import Position, Stage
+
+LOOPS: dict[str, Any] = {"sft": sft, "grpo": grpo}
+
+
+def stages_of(c: RunConfig) -> list[tuple[str, Any]]:
+    """(name, config) of the stages the run has, in order."""
+    return [(name, getattr(c, name)) for name in LOOPS if getattr(c, name) is not None]
+
+
+def check(c: RunConfig, run_dir: Path) -> str:
+    """Validate all that can be without training: files, tokenizer, template, data, mesh, shapes. Returns a report."""
+    b = build(c, run_dir)
+    lint_template(b.tokenizer)
+    lines = [
+        f"model      {_count(b):,} parameters, {len(b.model.spec.blocks)} blocks, vocabulary {b.model.spec.vocab_size}",
+        f"tokenizer  {b.tokenizer.vocab_size} ids, stop {list(b.tokenizer.stop_token_ids)}; chat template passes the linter",
+        f"mesh       {dict(b.mesh.shape)} on {jax.device_count()} {jax.devices()[0].device_kind} device(s)",
+    ]
+    for name, stage in stages_of(c):
+        LOOPS[name].build_stream(b, stage)
+        state = LOOPS[name].build_updater(b, stage).abstract_state()
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.params, state.opt_state)))
+        lines.append(f"{name:10} {stage.steps} steps; parameters and optimizer {size / 1e6:,.1f} MB over all devices")
+    if c.eval:
+        build_prompt_stream(c.eval.prompts, b.tokenizer)
+    return "\n".join(lines)
+
+
+def run(c: RunConfig, run_dir: Path) -> dict[str, Any]:
+    """Train; returns what it wrote into summary.json. A folder with checkpoints of the same config is resumed."""
+    b = build(c, run_dir)
+    lint_template(b.tokenizer)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    save_config(c, run_dir)
+    with contextlib.ExitStack() as stack:
+        store = Checkpoints(run_dir / "checkpoints", keep=c.checkpoint.keep)
+        latest = store.latest()
+        saved = None if latest is None else {"number": latest, **store.read_extra(latest)}
+        log = MetricsLog(run_dir, keep_lines=saved["metrics_lines"] if saved else 0)
+        stack.callback(log.close)
+        stack.callback(store.close)
+        engine = EmbeddedEngine(b.model, c=c.engine, key=jax.random.fold_in(b.key, KEY_ENGINE))
+        stack.callback(engine.close)
+        reward = stack.enter_context(build_reward(c.reward))
+        if saved:
+            log.note(f"resuming {run_dir} from checkpoint {latest}: {saved['stage']} step {saved['step']}")
+        r = Resources(log, store, engine, reward)
+        params, evals = _run_stages(b, r, saved=saved)
+        store.wait()
+        if c.checkpoint.export_hf:
+            _export(b, params)
+        summary = _summarize(b, log, evals)
+    write_json(run_dir / "summary.json", summary)
+    plot_run(run_dir)
+    return summary
+
+
+def _run_stages(b: Built, r: Resources, *, saved: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+    """(final parameters, evaluations by what they came after)."""
+    c, evals = b.config, dict(saved["evals"]) if saved else {}
+    stages = stages_of(c)
+    names = [name for name, _ in stages]
+    first = names.index(saved["stage"]) if saved else 0
+    updates, params = 0, None
+    if saved:
+        config = stages[first][1]
+        updates = saved["updates"] - saved["step"] * getattr(config, "updates_per_step", 1)
+    else:
+        params = initial_params(b)
+        _keep(evals, "init", evaluate(b, r, after="init", step=0, params=params))
+    for index in range(first, len(stages)):
+        name, config = stages[index]
+        stage = Stage(name, r.store, r.log, c.checkpoint.every, evals)
+        here = saved if index == first else None
+        source = functools.partial(lambda p: p, params)
+        start = Position(source, updates, here["step"] if here else 0, here)
+        params = LOOPS[name].run(b, r, config, stage=stage, start=start)
+        updates += config.steps * getattr(config, "updates_per_step", 1)
+        _keep(evals, name, evaluate(b, r, after=name, step=updates, params=params))
+    return params, evals
+
+
+def _keep(evals: dict[str, Any], name: str, result: EvalResult | None) -> None:
+    if result is not None:
+        evals[name] = {"mean": result.mean, "low": result.low, "high": result.high, "reward": result.reward}
+
+
+def _export(b: Built, params: Any) -> None:
+    folder = b.run_dir / "hf"
+    save_hf(params, spec=b.model.spec, folder=folder, dtype=jnp.bfloat16, replace=True, finish=b.tokenizer.save)
+
+
+def _count(b: Built) -> int:
+    return sum(x.size for x in jax.tree.leaves(b.model.abstract_params(dtype=b.param_dtype)))
+
+
+def _summarize(b: Built, log: MetricsLog, evals: dict[str, Any]) -> dict[str, Any]:
+    c = b.config
+    return {
+        "name": c.name,
+        "config_hash": config_hash(c),
+        "parameters": _count(b),
+        "mesh": dict(b.mesh.shape),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "eval": {k: v["mean"] for k, v in evals.items()},
+        "eval_interval": {k: [v["low"], v["high"]] for k, v in evals.items()},
+        "eval_reward": {k: v["reward"] for k, v in evals.items()},
+        "seconds": {k: round(v, 3) for k, v in log.seconds.items()},
+        "tokens": log.tokens,
+        "steps": {name: config.steps for name, config in stages_of(c)},
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
