@@ -1,0 +1,15 @@
+"""The think-tag format and the part of a completion that verifiers read."""
+
+OPEN, CLOSE = "<think>", "</think>"
+
+
+def follows_format(text: str, *, reasoning: bool) -> bool:
+    """Reasoning on: exactly one <think> and one </think>, in this order. Off: neither (arXiv 2505.00949, section 5)."""
+    if not reasoning:
+        return OPEN not in text and CLOSE not in text
+    return text.count(OPEN) == text.count(CLOSE) == 1 and text.index(OPEN) < text.index(CLOSE)
+
+
+def answer_of(text: str) -> str:
+    """What follows the last </think>, or all of it, stripped."""
+    return text.rpartition(CLOSE)[2].strip()

@@ -1,0 +1,49 @@
+"""The verifiers, by name. Each reads the answer only; imports of big packages wait until the first use."""
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lnjax.rewards.protocol import Verifier
+
+BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+
+
+def integer(answer: str, args: Mapping[str, Any]) -> Mapping[str, float]:
+    r"""args: answer. The text is that integer and nothing else, or \boxed{it}."""
+    boxed = BOXED.findall(answer)
+    return {"accuracy": float((boxed[-1] if boxed else answer).strip() == str(args["answer"]))}
+
+
+def math(answer: str, args: Mapping[str, Any]) -> Mapping[str, float]:
+    """args: expected_answer, as LaTeX or a plain expression; equality by math-verify."""
+    import math_verify  # noqa: PLC0415
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns once a call that its time-outs are off
+    # Its own time-outs need signals; this process has a deadline instead.
+    gold = math_verify.parse(f"${args['expected_answer']}$", parsing_timeout=None)
+    found = math_verify.parse(answer, parsing_timeout=None)
+    return {"accuracy": float(math_verify.verify(gold, found, timeout_seconds=None))}
+
+
+def reasoning_gym(answer: str, args: Mapping[str, Any]) -> Mapping[str, float]:
+    """args: task, entry. Only a full score counts: several tasks give part of one to nonsense."""
+    import reasoning_gym as gym  # noqa: PLC0415
+
+    score = gym.get_score_answer_fn(args["task"])(answer, args["entry"])
+    return {"accuracy": float(score >= 1.0)}
+
+
+def ifeval(answer: str, args: Mapping[str, Any]) -> Mapping[str, float]:
+    """args: instruction_id_list, instruction_kwargs. accuracy is the share that is followed, strict 1 when all are."""
+    from lnjax.rewards.ifeval import followed  # noqa: PLC0415
+
+    verdicts = followed(answer, args["instruction_id_list"], args["instruction_kwargs"])
+    return {"accuracy": sum(verdicts) / len(verdicts), "strict": float(all(verdicts))}
+
+
+VERIFIERS: dict[str, Verifier] = {"integer": integer, "math": math, "reasoning_gym": reasoning_gym, "ifeval": ifeval}
+
+WARM = {"math": "math_verify", "reasoning_gym": "reasoning_gym", "ifeval": "lnjax.rewards.ifeval"}
+"""What a worker imports before it says that it is ready, so that no deadline pays for it."""
