@@ -1,0 +1,299 @@
+"""From `--config NAME --any.key value` to one validated RunConfig; its hash; its file in the run folder. No jax."""
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import tyro
+
+from lnjax.errors import ConfigError
+from lnjax.schema import RunConfig
+
+MARKS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+FREE_ON_RESUME = ("sft.steps", "grpo.steps", "checkpoint.every", "checkpoint.keep", "checkpoint.export_hf")
+"""Keys a resumed run may change."""
+USAGE = "usage: python -m lnjax.launch --config NAME [--run-dir DIR] [--dry-run] [--any.key value ...] [--help]"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What the command line asks for."""
+
+    config: RunConfig
+    run_dir: Path
+    dry_run: bool
+
+
+def config_names() -> list[str]:
+    """Configs that can be named: every module in the package `configs`."""
+    folder = _configs_folder()
+    return sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
+
+
+def load_config(name: str) -> RunConfig:
+    """`configs/NAME.py`, or a path to a .py file with a function config(). Raises ConfigError with the nearest name."""
+    path = Path(name) if name.endswith(".py") else _configs_folder() / f"{name}.py"
+    if not path.is_file():
+        raise ConfigError(f"no config {name!r}{_nearest(name, config_names())}; there are {', '.join(config_names())}")
+    found = importlib.util.spec_from_file_location(f"configs.{path.stem}", path)
+    assert found and found.loader
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    if not hasattr(module, "config"):
+        raise ConfigError(f"{path}: no function config(); it must return a RunConfig")
+    config = module.config()
+    if not isinstance(config, RunConfig):
+        raise ConfigError(f"{path}: config() returned {type(config).__name__}, expected RunConfig")
+    return config
+
+
+def parse(argv: Sequence[str]) -> Job:
+    """The job of a command line. Raises ConfigError for an unknown key, a wrong type or values that do not fit."""
+    name, run_dir, dry_run, rest = None, None, False, []
+    words = [w for word in argv for w in (word.split("=", 1) if word.startswith("--") and "=" in word else [word])]
+    position = 0
+    while position < len(words):
+        word = words[position]
+        if word == "--dry-run":
+            dry_run = True
+        elif word in ("--config", "--run-dir"):
+            position += 1
+            if position == len(words):
+                raise ConfigError(f"{word} needs a value. {USAGE}")
+            if word == "--config":
+                name = words[position]
+            else:
+                run_dir = Path(words[position])
+        else:
+            rest.append(word)
+        position += 1
+    if name is None:
+        if "--help" in rest or "-h" in rest:
+            print(f"{USAGE}\n\nconfigs: {', '.join(config_names())}\n--config NAME --help explains every key of NAME.")
+            sys.exit(0)
+        raise ConfigError(f"--config is missing; there are {', '.join(config_names())}. {USAGE}")
+    config = load_config(name)
+    config = override(config, rest)
+    validate(config)
+    return Job(config, run_dir or Path("runs") / config.name, dry_run)
+
+
+def override(config: RunConfig, words: Sequence[str]) -> RunConfig:
+    """The config with `--key value` pairs applied; `--help` prints every key and exits."""
+    if "--help" in words or "-h" in words:
+        tyro.cli(RunConfig, default=config, args=["--help"], config=MARKS, prog="python -m lnjax.launch", description=USAGE)
+    known = _settable(config)
+    pairs: list[tuple[str, str]] = []
+    position = 0
+    while position < len(words):
+        word = words[position]
+        key = word.removeprefix("--").replace("-", "_")
+        if not word.startswith("--"):
+            raise ConfigError(f"unexpected argument {word!r}; overrides are --key value")
+        if key not in known:
+            _unknown(key, known, config)
+        if position + 1 == len(words):
+            raise ConfigError(f"--{key} needs a value")
+        pairs.append((key, words[position + 1]))
+        position += 2
+    for key, value in pairs:  # one by one, so that an error can name its key
+        quiet = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(quiet), contextlib.redirect_stdout(quiet):
+                config = tyro.cli(
+                    RunConfig, default=config, args=[f"--{key.replace('_', '-')}", value], config=MARKS, use_underscores=False
+                )
+        except SystemExit as error:
+            raise ConfigError(f"--{key} {value}: expected {known[key]}, got {value!r}") from error
+    return config
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def config_hash(config: RunConfig) -> str:
+    """12 hex digits of the resolved values."""
+    text = json.dumps(to_dict(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def render(config: RunConfig) -> str:
+    """One line a section."""
+    lines: list[str] = []
+
+    def walk(name: str, value: Any) -> None:
+        fields = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
+        plain = [f"{k}={v}" for k, v in fields if not dataclasses.is_dataclass(v)]
+        if plain:
+            lines.append(f"{name:18} {' '.join(plain)}")
+        for key, inner in fields:
+            if key == "spec" and inner is not None:
+                lines.append(
+                    f"{'model.spec':18} {len(inner.blocks)} blocks d_model={inner.d_model} heads={inner.num_heads}x"
+                    f"{inner.head_dim} vocab={inner.vocab_size}"
+                )
+            elif dataclasses.is_dataclass(inner):
+                walk(f"{name}.{key}".removeprefix("run."), inner)
+
+    walk("run", config)
+    return "\n".join(lines)
+
+
+def save_config(config: RunConfig, run_dir: Path) -> None:
+    """Write RUN_DIR/config.json. Raises ConfigError when the folder belongs to another config."""
+    path = run_dir / "config.json"
+    new = json.loads(json.dumps(to_dict(config)))
+    if path.exists():
+        try:
+            old = json.loads(path.read_text(encoding="utf-8"))["config"]
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"{path}: damaged ({error!r}); use another --run-dir") from error
+        before, after = flat(old), flat(new)
+        changed = [
+            f"{k} was {before.get(k)!r}, is {after.get(k)!r}"
+            for k in sorted(before.keys() | after.keys())
+            if before.get(k) != after.get(k) and k not in FREE_ON_RESUME
+        ]
+        if changed:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise ConfigError(
+                f"{run_dir} holds a run of another config ({'; '.join(changed[:3])}{more}); use another --run-dir, or the "
+                "same values to resume it"
+            )
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps({"hash": config_hash(config), "config": new}, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{dotted key: leaf} of nested dicts; lists are leaves."""
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found |= flat(inner, f"{prefix}.{key}" if prefix else key)
+    return found
+
+
+def validate(c: RunConfig) -> None:
+    """Arithmetic that must close before anything is built. Raises ConfigError naming the keys."""
+    if c.sft is None and c.grpo is None:
+        raise ConfigError("the config has neither sft nor grpo; a run needs a stage")
+    if c.model.source == "random" and c.model.tokenizer == "same":
+        raise ConfigError("model.source=random brings no tokenizer; set model.tokenizer")
+    _positive(c, {"engine.num_slots", "engine.max_len", "engine.decode_chunk", "engine.prefill_rows"})
+    _positive(c, {"engine.prefill_multiple", "reward.num_workers", "reward.deadline_s", "checkpoint.keep"})
+    if c.sft:
+        _positive(c, {"sft.steps", "sft.batch_rows", "sft.pack.row_tokens", "sft.pack.microbatch_rows"})
+        _positive(c, {"sft.pack.max_segments", "sft.optimizer.learning_rate"})
+        _divides("sft.pack.microbatch_rows", c.sft.pack.microbatch_rows, "sft.batch_rows", c.sft.batch_rows)
+    if c.grpo:
+        _validate_grpo(c)
+    if c.eval:
+        _positive(c, {"eval.num_samples", "eval.sampling.max_new_tokens"})
+        if c.eval.prompts.num_prompts < 1:
+            raise ConfigError("eval.prompts.num_prompts must be at least 1: how many held-out prompts are scored")
+        _fits_engine(c, "eval", c.eval.prompts.max_prompt_tokens + c.eval.sampling.max_new_tokens)
+        _sampling("eval.sampling", c.eval.sampling)
+
+
+def _validate_grpo(c: RunConfig) -> None:
+    g = c.grpo
+    assert g
+    _positive(c, {"grpo.steps", "grpo.prompts_per_step", "grpo.updates_per_step", "grpo.sampling.max_new_tokens"})
+    _positive(c, {"grpo.pack.row_tokens", "grpo.pack.microbatch_rows", "grpo.pack.max_segments"})
+    _positive(c, {"grpo.optimizer.learning_rate", "grpo.sampling.temperature"})
+    _divides("grpo.updates_per_step", g.updates_per_step, "grpo.prompts_per_step", g.prompts_per_step)
+    if g.samples_per_prompt < 2:
+        raise ConfigError("grpo.samples_per_prompt must be at least 2: advantages compare the samples of a prompt")
+    longest = g.prompts.max_prompt_tokens + g.sampling.max_new_tokens
+    _fits_engine(c, "grpo", longest)
+    if longest > g.pack.row_tokens:
+        raise ConfigError(
+            f"grpo.prompts.max_prompt_tokens + grpo.sampling.max_new_tokens = {longest}, but grpo.pack.row_tokens is "
+            f"{g.pack.row_tokens}; the longest sequence must fit a row"
+        )
+    _sampling("grpo.sampling", g.sampling)
+    if g.sampling.top_p < 1 or g.sampling.top_k > 0:
+        raise ConfigError(
+            "grpo.sampling.top_p must be 1 and top_k 0: the learner scores tokens under the whole distribution, so a "
+            "truncated sampler would be another policy"
+        )
+
+
+def _sampling(name: str, s: Any) -> None:
+    if s.temperature < 0 or not 0 < s.top_p <= 1 or s.top_k < 0:
+        raise ConfigError(
+            f"{name}: temperature={s.temperature}, top_p={s.top_p}, top_k={s.top_k}; expected temperature >= 0, "
+            "0 < top_p <= 1, top_k >= 0"
+        )
+
+
+def _fits_engine(c: RunConfig, stage: str, longest: int) -> None:
+    if longest > c.engine.max_len:
+        raise ConfigError(
+            f"{stage}.prompts.max_prompt_tokens + {stage}.sampling.max_new_tokens = {longest}, but engine.max_len is "
+            f"{c.engine.max_len}; raise --engine.max-len"
+        )
+
+
+def _positive(c: RunConfig, keys: set[str]) -> None:
+    for key in sorted(keys):
+        value: Any = c
+        for part in key.split("."):
+            value = getattr(value, part)
+        if value <= 0:
+            raise ConfigError(f"{key}={value} must be positive")
+
+
+def _divides(name: str, value: int, whole: str, total: int) -> None:
+    if total % value:
+        raise ConfigError(f"{name}={value} does not divide {whole}={total}")
+
+
+def _configs_folder() -> Path:
+    import configs  # noqa: PLC0415
+
+    return Path(configs.__path__[0])
+
+
+def _settable(config: RunConfig) -> dict[str, str]:
+    """{dotted key: type as text} of what the command line may set."""
+    found: dict[str, str] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        for field in dataclasses.fields(value):
+            inner = getattr(value, field.name)
+            if dataclasses.is_dataclass(inner) and field.name != "spec":
+                walk(f"{prefix}{field.name}.", inner)
+            elif field.name != "spec" and inner is not None:
+                kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+                found[prefix + field.name] = kind.replace("typing.", "")
+                if kind == "Literal":
+                    found[prefix + field.name] = str(field.type).replace("typing.", "")
+
+    walk("", config)
+    return found
+
+
+def _unknown(key: str, known: Mapping[str, str], config: RunConfig) -> NoReturn:
+    stage = key.split(".")[0]
+    if hasattr(config, stage) and getattr(config, stage) is None:
+        raise ConfigError(f"unknown key --{key}: {config.name} has no {stage} stage")
+    raise ConfigError(f"unknown key --{key}{_nearest(key, list(known))}; --help lists all")
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f", did you mean {close[0]}?" if close else ""
