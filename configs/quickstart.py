@@ -48,8 +48,8 @@ def config() -> RunConfig:
         sft=SftConfig(
             data=SftDataConfig(source="arithmetic", num_examples=8000),
             steps=250,
-            batch_rows=8,
-            pack=PackConfig(row_tokens=512, microbatch_rows=8),
+            batch_rows=32,
+            pack=PackConfig(row_tokens=128, microbatch_rows=32),
             optimizer=OptimizerConfig(learning_rate=2e-3, schedule="constant", warmup_steps=20, weight_decay=0.01),
         ),
         grpo=GrpoConfig(
@@ -58,7 +58,7 @@ def config() -> RunConfig:
             samples_per_prompt=16,
             steps=100,
             sampling=SamplingConfig(max_new_tokens=32),
-            pack=PackConfig(row_tokens=512, microbatch_rows=8),
+            pack=PackConfig(row_tokens=128, microbatch_rows=32),
             optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=5),
         ),
         eval=EvalConfig(

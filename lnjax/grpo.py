@@ -42,7 +42,7 @@ def build_updater(b: Built, c: GrpoConfig) -> Updater:
             packed.segment_ids_BT,
             temperature=c.sampling.temperature,
         )
-        return grpo_loss(out.logprobs, out.entropy, batch, c=c.loss)
+        return grpo_loss(out.logprobs_BT, out.entropy_BT, batch, c=c.loss)
 
     abstract = model.abstract_params(dtype=b.param_dtype)
     return Updater(loss, abstract_params=abstract, c=c.optimizer, total_steps=c.steps * c.updates_per_step)
@@ -164,7 +164,7 @@ def _logprobs_program(b: Built, c: GrpoConfig) -> Any:
         out = b.model.logprobs(
             params, packed.tokens_BT, packed.positions_BT, packed.segment_ids_BT, temperature=c.sampling.temperature
         )
-        return out.logprobs
+        return out.logprobs_BT
 
     return logprobs
 

@@ -26,7 +26,7 @@ def build_updater(b: Built, c: SftConfig) -> Updater:
 
     def loss(params: Any, batch: PackedBatch) -> LossSum:
         out = model.logprobs(params, batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
-        return sft_loss(out.logprobs, out.entropy, batch)
+        return sft_loss(out.logprobs_BT, out.entropy_BT, batch)
 
     abstract = model.abstract_params(dtype=b.param_dtype)
     return Updater(loss, abstract_params=abstract, c=c.optimizer, total_steps=c.steps)
@@ -45,7 +45,8 @@ def run(b: Built, r: Resources, c: SftConfig, *, stage: Stage, start: Position) 
         with r.log.phase("data"):
             batch = stream.take()
             rows = put_rows(b.mesh, microbatches(batch, rows=c.pack.microbatch_rows))
-        state, stats = updater.update(state, rows)
+        with r.log.phase("update"):
+            state, stats = updater.update(state, rows)
         stats["update_tokens"] = int((batch.segment_ids_BT > 0).sum())
         if pending:  # the device is busy with this step while the last one's numbers are read
             _log(r, c, *pending)

@@ -9,6 +9,7 @@ Orbax alone loads a flipped byte without a word, so digests are checked before a
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import threading
@@ -25,6 +26,8 @@ from jax.experimental import multihost_utils
 from lnjax.errors import CheckpointError
 from lnjax.metrics import progress
 
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback of what it also raises
+
 FORMAT = 1
 TEMPORARY = "tmp-"
 
@@ -33,6 +36,7 @@ class Checkpoints:
     """`save` returns once the values are safe from donation; a thread writes and commits them."""
 
     def __init__(self, folder: Path, *, keep: int):
+        folder = folder.absolute()  # Orbax wants it
         self._folder, self._keep = folder, keep
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
