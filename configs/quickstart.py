@@ -43,7 +43,9 @@ def config() -> RunConfig:
             compute_dtype="float32",
             remat="none",
         ),
-        engine=EmbeddedConfig(num_slots=128, max_len=64, decode_chunk=8, prefill_rows=16, prefill_multiple=32, dtype="float32"),
+        engine=EmbeddedConfig(
+            num_slots=128, max_len=64, decode_chunk=8, prefill_rows=16, prefill_multiple=32, dtype="float32"
+        ),
         reward=RewardConfig(num_workers=1, format="think"),
         sft=SftConfig(
             data=SftDataConfig(source="arithmetic", num_examples=8000),
@@ -56,10 +58,10 @@ def config() -> RunConfig:
             prompts=PromptConfig(source="arithmetic", num_prompts=8000, seed=1, max_prompt_tokens=32),
             prompts_per_step=16,
             samples_per_prompt=16,
-            steps=100,
+            steps=120,
             sampling=SamplingConfig(max_new_tokens=32),
             pack=PackConfig(row_tokens=128, microbatch_rows=32),
-            optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=5),
+            optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=5),
         ),
         eval=EvalConfig(
             prompts=PromptConfig(source="arithmetic", split="heldout", num_prompts=256, max_prompt_tokens=32),

@@ -40,7 +40,9 @@ def config() -> RunConfig:
             tokenizer="arithmetic",
             compute_dtype="float32",
         ),
-        engine=EmbeddedConfig(num_slots=16, max_len=64, decode_chunk=8, prefill_rows=8, prefill_multiple=32, dtype="float32"),
+        engine=EmbeddedConfig(
+            num_slots=16, max_len=64, decode_chunk=8, prefill_rows=8, prefill_multiple=32, dtype="float32"
+        ),
         reward=RewardConfig(num_workers=1, format="think"),
         sft=SftConfig(
             data=SftDataConfig(source="arithmetic", num_examples=500),

@@ -84,9 +84,7 @@ def initial_params(b: Built) -> Any:
     """Random or loaded master weights, sharded."""
     if b.config.model.source == "random":
         return b.model.init_params(jax.random.fold_in(b.key, KEY_INIT), dtype=b.param_dtype)
-    return load_weights(
-        b.config.model.source, spec=b.model.spec, dtype=b.param_dtype, shardings=b.model.shardings()
-    )
+    return load_weights(b.config.model.source, spec=b.model.spec, dtype=b.param_dtype, shardings=b.model.shardings())
 
 
 def serve(b: Built, r: Resources, *, number: int, params: Any) -> None:

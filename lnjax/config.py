@@ -91,7 +91,9 @@ def parse(argv: Sequence[str]) -> Job:
 def override(config: RunConfig, words: Sequence[str]) -> RunConfig:
     """The config with `--key value` pairs applied; `--help` prints every key and exits."""
     if "--help" in words or "-h" in words:
-        tyro.cli(RunConfig, default=config, args=["--help"], config=MARKS, prog="python -m lnjax.launch", description=USAGE)
+        tyro.cli(
+            RunConfig, default=config, args=["--help"], config=MARKS, prog="python -m lnjax.launch", description=USAGE
+        )
     known = _settable(config)
     pairs: list[tuple[str, str]] = []
     position = 0
@@ -111,7 +113,11 @@ def override(config: RunConfig, words: Sequence[str]) -> RunConfig:
         try:
             with contextlib.redirect_stderr(quiet), contextlib.redirect_stdout(quiet):
                 config = tyro.cli(
-                    RunConfig, default=config, args=[f"--{key.replace('_', '-')}", value], config=MARKS, use_underscores=False
+                    RunConfig,
+                    default=config,
+                    args=[f"--{key.replace('_', '-')}", value],
+                    config=MARKS,
+                    use_underscores=False,
                 )
         except SystemExit as error:
             raise ConfigError(f"--{key} {value}: expected {known[key]}, got {value!r}") from error

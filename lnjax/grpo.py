@@ -146,16 +146,16 @@ def pack_part(samples: Sequence[Sample], *, c: GrpoConfig, first: bool) -> list[
         count_B[row] += count
     packed = packing.batch()
     zeros = np.zeros_like(packed.loss_mask_BT)
-    batch = RlBatch(
-        packed=packed,
-        advantages_BT=packing.scatter([s.advantage for s in samples], masked=True),
-        weights_BT=packing.scatter(weights, masked=True),
-        count_B=count_B,
-        sampler_logprobs_BT=packing.scatter([s.sampler_logprobs for s in samples]),
-        old_logprobs_BT=zeros,
-        ref_logprobs_BT=zeros,
-        on_policy=np.asarray(first),
-    )
+    fields: dict[str, Any] = {
+        "advantages_BT": packing.scatter([s.advantage for s in samples], masked=True),
+        "weights_BT": packing.scatter(weights, masked=True),
+        "count_B": count_B,
+        "sampler_logprobs_BT": packing.scatter([s.sampler_logprobs for s in samples]),
+        "old_logprobs_BT": zeros,
+        "ref_logprobs_BT": zeros,
+        "on_policy": np.asarray(first),
+    }
+    batch = RlBatch(packed=packed, **fields)
     return microbatches(batch, rows=c.pack.microbatch_rows)
 
 

@@ -23,7 +23,9 @@ def main(argv: list[str]) -> int:
         summary = train.run(job.config, job.run_dir)
         for name, mean in summary["eval"].items():
             low, high = summary["eval_interval"][name]
-            console.print(f"held-out after {name:5} {mean:.3f}  (95 % interval {low:.3f} to {high:.3f})", highlight=False)
+            console.print(
+                f"held-out after {name:5} {mean:.3f}  (95 % interval {low:.3f} to {high:.3f})", highlight=False
+            )
         console.print(f"wrote {job.run_dir}/summary.json, metrics.jsonl, curve.png", highlight=False)
         return 0
     except LnjaxError as error:

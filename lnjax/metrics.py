@@ -59,7 +59,9 @@ class MetricsLog:
         self._last = time.monotonic()
         self._quiet = quiet
         self._console = Console(soft_wrap=True)
-        self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal and not quiet else None
+        self._live = (
+            Live(console=self._console, auto_refresh=False) if self._console.is_terminal and not quiet else None
+        )
         if self._live:
             self._live.start()
 

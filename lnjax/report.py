@@ -11,7 +11,7 @@ import matplotlib as mpl
 from lnjax.errors import DataError, LnjaxError
 
 mpl.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402 - after the backend is chosen
+from matplotlib import pyplot as plt
 
 INK, BLUE, ORANGE, GREY = "#222222", "#2a6fbb", "#d9772b", "#9aa3ad"
 TITLES = {"init": "untrained", "sft": "after SFT", "grpo": "after GRPO"}
@@ -24,7 +24,9 @@ def plot_run(run_dir: Path) -> Path:
     stages = [s for s in ("sft", "grpo") if any(x["stage"] == s for x in lines)]
     evals = [x for x in lines if x["stage"] == "eval"]
     panels = len(stages) + bool(evals)
-    with plt.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "axes.edgecolor": GREY}):
+    with plt.rc_context(
+        {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "axes.edgecolor": GREY}
+    ):
         figure, axes = plt.subplots(1, panels, figsize=(4.2 * panels, 3.2), squeeze=False, layout="constrained")
         for axis, stage in zip(axes[0], stages, strict=False):
             rows = [x for x in lines if x["stage"] == stage]

@@ -47,10 +47,10 @@ def run(b: Built, r: Resources, c: SftConfig, *, stage: Stage, start: Position) 
             rows = put_rows(b.mesh, microbatches(batch, rows=c.pack.microbatch_rows))
         with r.log.phase("update"):
             state, stats = updater.update(state, rows)
-        stats["update_tokens"] = int((batch.segment_ids_BT > 0).sum())
-        if pending:  # the device is busy with this step while the last one's numbers are read
+        tokens = int((batch.segment_ids_BT > 0).sum())
+        if pending is not None:  # the device is busy with this step while the last one's numbers are read
             _log(r, c, *pending)
-        pending = (step, stats)
+        pending = (step, {**stats, "update_tokens": tokens})
         if stage.due(step) or step == c.steps:
             _log(r, c, *pending)
             pending = None

@@ -37,7 +37,9 @@ class GgufFile:
         except (ValueError, IndexError, KeyError) as error:
             raise WeightsError(f"{path}: truncated or not a GGUF file ({error}); fetch it again") from error
         if self._field("general.architecture") != "llama":
-            raise WeightsError(f"{path}: architecture {self._field('general.architecture')!r}, only `llama` is supported")
+            raise WeightsError(
+                f"{path}: architecture {self._field('general.architecture')!r}, only `llama` is supported"
+            )
         self._tensors = {}
         for tensor in self._reader.tensors:
             if tensor.name != ROPE_FREQS:
@@ -95,7 +97,9 @@ class GgufFile:
         keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
         keep = np.clip(keep, 0.0, 1.0)
         if not np.allclose(divisors, 1 / (keep + (1 - keep) / rope.factor), rtol=1e-4):
-            raise WeightsError(f"{self._path}: {ROPE_FREQS} is not Llama 3's rule; use the model in Hugging Face format")
+            raise WeightsError(
+                f"{self._path}: {ROPE_FREQS} is not Llama 3's rule; use the model in Hugging Face format"
+            )
         return rope
 
     def names(self) -> list[str]:

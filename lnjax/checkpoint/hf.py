@@ -44,7 +44,9 @@ def save_hf(
         if writer:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        _write_weights(params, spec=spec, folder=temporary, dtype=np.dtype(dtype), shard_bytes=shard_bytes, writer=writer)
+        _write_weights(
+            params, spec=spec, folder=temporary, dtype=np.dtype(dtype), shard_bytes=shard_bytes, writer=writer
+        )
         if not writer:
             return
         config = hf_config(spec, dtype=str(np.dtype(dtype)))
@@ -63,7 +65,9 @@ def save_hf(
         raise CheckpointError(f"{folder}: could not be written ({error}); free space or check the folder") from error
 
 
-def _write_weights(params: Any, *, spec: ModelSpec, folder: Path, dtype: np.dtype, shard_bytes: int, writer: bool) -> None:
+def _write_weights(
+    params: Any, *, spec: ModelSpec, folder: Path, dtype: np.dtype, shard_bytes: int, writer: bool
+) -> None:
     entries = [(name, entry, i) for entry in tensor_map(spec) for i, name in enumerate(entry.names)]
     shards: list[list[tuple[str, TensorMap, int]]] = [[]]
     filled = 0

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -80,10 +79,12 @@ def _check(tensors: TensorSource, wanted: Sequence[TensorMap], *, source: str, s
     allowed = {"lm_head.weight"} if spec.tied_embeddings else set()
     for name in sorted(present - {n for entry in wanted for n in entry.names} - allowed):
         if not name.endswith("rotary_emb.inv_freq"):
-            raise WeightsError(f"{tensors.where(name)}: unexpected tensor {name}; config.json describes another architecture")
+            raise WeightsError(
+                f"{tensors.where(name)}: unexpected tensor {name}; config.json describes another architecture"
+            )
 
 
-def _read(tensors: TensorSource, entry: TensorMap, index: tuple[slice, ...]) -> np.ndarray:
+def _read(tensors: TensorSource, entry: TensorMap, index: Any) -> np.ndarray:
     """A device's part of one of our parameters."""
     if not entry.stacked:
         return tensors.read(entry.names[0], index)

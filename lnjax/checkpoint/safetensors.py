@@ -44,9 +44,9 @@ class SafetensorsFolder:
             for name, entry in header.items():
                 if name != "__metadata__" and (listed is None or listed.get(name) == file):
                     self._entries[name] = (path, entry, start)
-        for name in listed or ():
+        for name, file in (listed or {}).items():
             if name not in self._entries:
-                raise WeightsError(f"{folder / listed[name]}: tensor {name} is missing, but {INDEX} says it is there")
+                raise WeightsError(f"{folder / file}: tensor {name} is missing, but {INDEX} says it is there")
 
     def names(self) -> list[str]:
         return list(self._entries)
@@ -65,7 +65,9 @@ class SafetensorsFolder:
             raise WeightsError(f"{path}: tensor {name} has dtype {entry['dtype']}, expected one of {sorted(DTYPES)}")
         begin, end = entry["data_offsets"]
         if end - begin != math.prod(entry["shape"]) * dtype.itemsize:
-            raise WeightsError(f"{path}: tensor {name} has {end - begin} bytes, its shape {entry['shape']} needs others")
+            raise WeightsError(
+                f"{path}: tensor {name} has {end - begin} bytes, its shape {entry['shape']} needs others"
+            )
         data = np.memmap(path, dtype, "r", offset=start + begin, shape=tuple(entry["shape"]))
         return np.array(data[tuple(index)])
 

@@ -20,8 +20,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from orbax.checkpoint.experimental import v1 as ocp
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
+from orbax.checkpoint.experimental import v1 as ocp
 
 from lnjax.errors import CheckpointError
 from lnjax.metrics import progress
@@ -29,6 +30,7 @@ from lnjax.metrics import progress
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback of what it also raises
 
 FORMAT = 1
+BARRIER_MS = 600_000
 TEMPORARY = "tmp-"
 
 
@@ -218,7 +220,9 @@ def _name(path: tuple[Any, ...]) -> str:
 def _compare(saved: Mapping[str, Any], wanted: Mapping[str, Any], *, where: Path) -> None:
     for name in sorted(saved.keys() ^ wanted.keys()):
         kind = "is not part of this run's state" if name in saved else "is missing"
-        raise CheckpointError(f"{where}: array {name} {kind}; the checkpoint belongs to another model, stage or optimizer")
+        raise CheckpointError(
+            f"{where}: array {name} {kind}; the checkpoint belongs to another model, stage or optimizer"
+        )
     for name, entry in saved.items():
         got, expected = (tuple(entry["shape"]), entry["dtype"]), (tuple(wanted[name].shape), str(wanted[name].dtype))
         if got != expected:
@@ -255,7 +259,7 @@ def _sync_folder(folder: Path) -> None:
 def _barrier(name: str) -> None:
     """All processes, through the coordination service (never a device program: this may run beside the learner)."""
     if jax.process_count() > 1:
-        jax._src.distributed.global_state.client.wait_at_barrier(f"lnjax checkpoint {name}", 600_000)
+        multihost.get_barrier_sync_fn()(key=f"lnjax checkpoint {name}", timeout_ms=BARRIER_MS)
 
 
 def _shorten(text: str) -> str:

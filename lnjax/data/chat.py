@@ -9,7 +9,11 @@ from lnjax.types import Sample
 
 ROLES = ("system", "user", "assistant", "tool")
 Message = Mapping[str, Any]
-PROBE = ({"role": "user", "content": "1+1=?"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "2+2=?"})
+PROBE = (
+    {"role": "user", "content": "1+1=?"},
+    {"role": "assistant", "content": "2"},
+    {"role": "user", "content": "2+2=?"},
+)
 
 
 def check_roles(messages: Sequence[Message], *, where: str) -> None:

@@ -26,7 +26,20 @@ TOPICS = (
     "public libraries", "honey bees", "learning a language", "a football match", "camping with children", "city buses",
     "fresh fruit", "telling stories", "music at home", "a visit to a museum",
 )  # fmt: skip
-KEYWORDS = ("light", "water", "simple", "happy", "quiet", "time", "strong", "home", "green", "slow", "careful", "bright")
+KEYWORDS = (
+    "light",
+    "water",
+    "simple",
+    "happy",
+    "quiet",
+    "time",
+    "strong",
+    "home",
+    "green",
+    "slow",
+    "careful",
+    "bright",
+)
 
 Constraint = tuple[str, dict[str, Any], str]
 """(instruction id, its arguments, the sentence that asks for it)."""
@@ -59,7 +72,9 @@ def ifeval_prompts(num_prompts: int, *, seed: int, split: str) -> list[dict[str,
             },
             "category": "instruction_following",
         }
-    raise DataError(f"ifeval: only {len(rows)} distinct prompts in split {split!r}, {num_prompts} asked for; lower num_prompts")
+    raise DataError(
+        f"ifeval: only {len(rows)} distinct prompts in split {split!r}, {num_prompts} asked for; lower num_prompts"
+    )
 
 
 def _no_comma(rng: random.Random) -> Constraint:
@@ -100,7 +115,10 @@ def _one_sentence(rng: random.Random) -> Constraint:
 
 
 def _quotation(rng: random.Random) -> Constraint:
-    asks = ("Wrap your entire response in double quotation marks.", "Put double quotation marks around your whole answer.")
+    asks = (
+        "Wrap your entire response in double quotation marks.",
+        "Put double quotation marks around your whole answer.",
+    )
     return "startend:quotation", {}, rng.choice(asks)
 
 

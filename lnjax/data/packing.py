@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,7 @@ class Packing:
     """A multiple of microbatch_rows; the last ones may be empty."""
     row_tokens: int
 
-    def scatter(self, values: Sequence[Sequence[float] | float], *, masked: bool = False) -> np.ndarray:
+    def scatter(self, values: Sequence[Any], *, masked: bool = False) -> Any:
         """[B, T] float32 with each sample's per-token values (or one value for all its tokens); 0 elsewhere.
 
         `masked` keeps them on loss tokens only.
@@ -35,7 +36,8 @@ class Packing:
     def batch(self) -> PackedBatch:
         """The rows as host arrays."""
         shape = (self.num_rows, self.row_tokens)
-        tokens, positions, segments = (np.zeros(shape, np.int32) for _ in range(3))
+        arrays: list[Any] = [np.zeros(shape, np.int32) for _ in range(3)]
+        tokens, positions, segments = arrays
         for sample, (row, start, segment) in zip(self.samples, self.places, strict=True):
             end = start + len(sample.token_ids)
             tokens[row, start:end] = sample.token_ids
@@ -56,7 +58,9 @@ def pack(samples: Sequence[Sample], *, c: PackConfig) -> Packing:
     for i in sorted(range(len(samples)), key=lambda i: (-len(samples[i].token_ids), i)):
         size = len(samples[i].token_ids)
         if size > c.row_tokens:
-            raise DataError(f"a sequence of {size} tokens does not fit a packed row of {c.row_tokens}; raise pack.row_tokens")
+            raise DataError(
+                f"a sequence of {size} tokens does not fit a packed row of {c.row_tokens}; raise pack.row_tokens"
+            )
         row = next((r for r in range(len(free)) if free[r] >= size and segments[r] < c.max_segments), len(free))
         if row == len(free):
             free.append(c.row_tokens)

@@ -39,7 +39,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
 
 def messages_of(row: Row, *, where: str, system_prompt: str = "") -> list[Mapping[str, Any]]:
     """The conversation of a row, its system message first: the row's own, else the reasoning switch, else `system_prompt`."""
-    messages = row.get("input")
+    messages: Any = row.get("input")
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     if not isinstance(messages, list) or not messages:
@@ -77,7 +77,9 @@ def to_prompt(row: Row, *, where: str, tokenizer: Tokenizer, max_tokens: int, sy
     messages = messages_of(row, where=where, system_prompt=system_prompt)
     args = row.get("args")
     if not isinstance(args, dict):
-        raise DataError(f"{where}: key `args` must be an object with what the verifier checks against, got {args!r:.80}")
+        raise DataError(
+            f"{where}: key `args` must be an object with what the verifier checks against, got {args!r:.80}"
+        )
     ids = prompt_ids(tokenizer, messages)
     if len(ids) > max_tokens:
         raise DataError(

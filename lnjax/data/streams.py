@@ -26,7 +26,7 @@ class PromptStream:
     """Prompts in a new order every epoch, addressed by one global index."""
 
     def __init__(self, prompts: Sequence[Prompt], *, seed: int):
-        self._order = grain.MapDataset.source(list(prompts)).seed(seed).shuffle().repeat()
+        self._order: Any = grain.MapDataset.source(list(prompts)).seed(seed).shuffle().repeat()
         self._next = 0
 
     def take(self, count: int) -> list[Prompt]:
@@ -99,7 +99,9 @@ def build_sft_stream(c: SftConfig, tokenizer: Tokenizer, *, seed: int) -> SftStr
     if c.data.source == "arithmetic":
         if c.data.num_examples < 1:
             raise ConfigError("sft.data.num_examples must be at least 1 for a generated source")
-        rows = _named("arithmetic/train", arithmetic_rows(num_rows=c.data.num_examples, seed=c.data.seed, split="train"))
+        rows = _named(
+            "arithmetic/train", arithmetic_rows(num_rows=c.data.num_examples, seed=c.data.seed, split="train")
+        )
     else:
         rows = _file_rows(c.data.source, limit=c.data.num_examples)
     with progress(f"examples of {c.data.source}", total=len(rows), unit="examples") as advance:

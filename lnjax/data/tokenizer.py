@@ -27,7 +27,8 @@ HF_FILES = (
     "generation_config.json",
 )
 LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 ARITHMETIC_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -59,7 +60,9 @@ class Tokenizer:
         unknown = getattr(self.backend.model, "unk_token", None)
         if unknown and unknown in encoded.tokens and unknown not in text:
             start, end = encoded.offsets[encoded.tokens.index(unknown)]
-            raise DataError(f"the tokenizer has no token for {text[start:end]!r} in {text[:60]!r}; use another tokenizer")
+            raise DataError(
+                f"the tokenizer has no token for {text[start:end]!r} in {text[:60]!r}; use another tokenizer"
+            )
         return encoded.ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
@@ -148,7 +151,9 @@ def _json(path: Path) -> dict[str, Any]:
 def _from_folder(folder: Path) -> Tokenizer:
     file = folder / "tokenizer.json"
     if not file.exists():
-        raise ConfigError(f"{folder}: no tokenizer.json; put the model's tokenizer files there or set --model.tokenizer")
+        raise ConfigError(
+            f"{folder}: no tokenizer.json; put the model's tokenizer files there or set --model.tokenizer"
+        )
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the Rust binding raises nothing narrower
@@ -218,7 +223,14 @@ def _from_gguf(path: Path) -> Tokenizer:
 
 def _arithmetic() -> Tokenizer:
     """Single printable ASCII characters, Llama-3 headers, and a few words that every prompt repeats."""
-    control = ("<|unk|>", "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    control = (
+        "<|unk|>",
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+    )
     words = (*THINK, "\n\n", "system", "user", "assistant", "detailed thinking on", "detailed thinking off")
     characters = ("\n", *(chr(i) for i in range(32, 127)))
     vocabulary = {t: i for i, t in enumerate((*control, *words, *characters))}

@@ -24,9 +24,7 @@ def learning_rate(c: OptimizerConfig, *, total_steps: int) -> optax.Schedule:
         after = optax.constant_schedule(c.learning_rate)
     if not c.warmup_steps:
         return after
-    return optax.join_schedules(
-        [optax.linear_schedule(0.0, c.learning_rate, c.warmup_steps), after], [c.warmup_steps]
-    )
+    return optax.join_schedules([optax.linear_schedule(0.0, c.learning_rate, c.warmup_steps), after], [c.warmup_steps])
 
 
 def build_optimizer(c: OptimizerConfig, *, total_steps: int) -> optax.GradientTransformation:
@@ -62,7 +60,9 @@ def init_guard() -> GuardState:
     )
 
 
-def guard_update(guard: GuardState, *, step: Array, norm: Array, loss: Array, factor: float) -> tuple[Array, GuardState]:
+def guard_update(
+    guard: GuardState, *, step: Array, norm: Array, loss: Array, factor: float
+) -> tuple[Array, GuardState]:
     """(True where this update must be skipped, the next guard)."""
     bad = ~(jnp.isfinite(norm) & jnp.isfinite(loss))
     if factor > 0:

@@ -44,9 +44,7 @@ class Updater:
         return self._init(params, jnp.asarray(step, jnp.int32), rng)
 
     def _init_state(self, params: Any, step: Array, rng: Array) -> TrainState:
-        return TrainState(
-            step=step, params=params, opt_state=self._optimizer.init(params), guard=init_guard(), rng=rng
-        )
+        return TrainState(step=step, params=params, opt_state=self._optimizer.init(params), guard=init_guard(), rng=rng)
 
     def abstract_state(self) -> TrainState:
         """The state as ShapeDtypeStructs with shardings, for restoring a checkpoint."""
@@ -62,7 +60,7 @@ class Updater:
             transform_non_params=lambda _: replicated,
         )
 
-        def place(x, where):
+        def place(x: Any, where: Any) -> Any:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
         return TrainState(

@@ -58,6 +58,7 @@ class Attention(Kernels):
 
     def __init__(self, run: Run, spec: ModelSpec, *, rngs):
         n, d = len(run.blocks), spec.d_model
+        assert run.attention
         q, kv = spec.num_heads * spec.head_dim, run.attention.num_kv_heads * spec.head_dim
         kernel = ("layers", "embed", "heads")
         super().__init__(
@@ -85,6 +86,7 @@ class Ffn(Kernels):
     """SwiGLU with its input norm; `__call__` returns the residual branch."""
 
     def __init__(self, run: Run, spec: ModelSpec, *, rngs):
+        assert run.ffn
         n, d, f = len(run.blocks), spec.d_model, run.ffn.width
         super().__init__(
             {
@@ -161,9 +163,10 @@ def rope_frequencies(rope: RopeSpec, *, head_dim: int) -> Array:
 
 def rope_tables(spec: ModelSpec, positions_BT: Array) -> tuple[Array, Array]:
     """(cos, sin), each [B, T, 1, H/2] float32."""
-    angles = positions_BT.astype(jnp.float32)[..., None] * rope_frequencies(spec.rope, head_dim=spec.head_dim)[
-        (None,) * positions_BT.ndim
-    ]
+    angles = (
+        positions_BT.astype(jnp.float32)[..., None]
+        * rope_frequencies(spec.rope, head_dim=spec.head_dim)[(None,) * positions_BT.ndim]
+    )
     return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
 
 
@@ -198,7 +201,7 @@ class Model:
         flat = {}
         for path, param in nnx.to_flat_state(nnx.state(_abstract(self.spec), nnx.Param)):
             logical = param.get_metadata()["logical"]
-            check_divisible(mesh, name="/".join(path), shape=param.shape, logical=logical)
+            check_divisible(mesh, name="/".join(map(str, path)), shape=param.shape, logical=logical)
             flat[path] = jax.ShapeDtypeStruct(param.shape, dtype, sharding=sharding(mesh, *logical))
         return nnx.traversals.unflatten_mapping(flat)
 

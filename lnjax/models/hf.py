@@ -61,7 +61,11 @@ def spec_from_hf_config(config: Mapping[str, Any]) -> ModelSpec:
     kind = config.get("model_type")
     if kind not in ("llama", "nemotron-nas"):
         raise WeightsError(f"config.json: model_type={kind!r} is not supported, only `llama` and `nemotron-nas`")
-    for key, allowed in (("attention_bias", (False, None)), ("mlp_bias", (False, None)), ("hidden_act", ("silu", None))):
+    for key, allowed in (
+        ("attention_bias", (False, None)),
+        ("mlp_bias", (False, None)),
+        ("hidden_act", ("silu", None)),
+    ):
         if config.get(key) not in allowed:
             raise WeightsError(f"config.json: {key}={config[key]!r} is not supported, expected {allowed[0]!r}")
     try:

@@ -143,7 +143,9 @@ class RewardPool:
                     culprit = worker.owed.popleft()
                     attempts[culprit] = attempts.get(culprit, 0) + 1
                     if failure == "deadline" or attempts[culprit] >= ATTEMPTS:
-                        detail = f"deadline of {self._c.deadline_s:g} s" if failure == "deadline" else f"worker {failure}"
+                        detail = (
+                            f"deadline of {self._c.deadline_s:g} s" if failure == "deadline" else f"worker {failure}"
+                        )
                         replies[culprit] = {"parts": {}, "failure": detail}
                     else:
                         worker.owed.appendleft(culprit)

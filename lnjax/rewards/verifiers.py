@@ -18,20 +18,22 @@ def integer(answer: str, args: Mapping[str, Any]) -> Mapping[str, float]:
 
 def math(answer: str, args: Mapping[str, Any]) -> Mapping[str, float]:
     """args: expected_answer, as LaTeX or a plain expression; equality by math-verify."""
-    import math_verify  # noqa: PLC0415
+    import math_verify as mv  # noqa: PLC0415
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns once a call that its time-outs are off
     # Its own time-outs need signals; this process has a deadline instead.
-    gold = math_verify.parse(f"${args['expected_answer']}$", parsing_timeout=None)
-    found = math_verify.parse(answer, parsing_timeout=None)
-    return {"accuracy": float(math_verify.verify(gold, found, timeout_seconds=None))}
+    unlimited: dict[str, Any] = {"parsing_timeout": None}
+    gold = mv.parse(f"${args['expected_answer']}$", **unlimited)
+    found = mv.parse(answer, **unlimited)
+    return {"accuracy": float(mv.verify(gold, found, timeout_seconds=None))}
 
 
 def reasoning_gym(answer: str, args: Mapping[str, Any]) -> Mapping[str, float]:
     """args: task, entry. Only a full score counts: several tasks give part of one to nonsense."""
     import reasoning_gym as gym  # noqa: PLC0415
 
-    score = gym.get_score_answer_fn(args["task"])(answer, args["entry"])
+    judge: Any = gym.get_score_answer_fn(args["task"])
+    score = judge(answer, args["entry"])
     return {"accuracy": float(score >= 1.0)}
 
 

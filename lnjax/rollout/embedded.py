@@ -95,7 +95,8 @@ class EmbeddedEngine:
     @property
     def num_programs(self) -> int:
         """Compiled so far; constant after warm-up."""
-        return sum(f._cache_size() for f in (self._load, self._prefill, self._admit, self._decode))
+        programs: list[Any] = [self._load, self._prefill, self._admit, self._decode]
+        return sum(p._cache_size() for p in programs)
 
     def generate(
         self, prompts: list[Prompt], *, num_samples: int, sampling: SamplingParams, seed: int
@@ -196,7 +197,8 @@ class EmbeddedEngine:
             for block in spec.blocks:
                 if block.attention:
                     shape = (size, block.attention.num_kv_heads, self._c.max_len, spec.head_dim)
-                    self._cache.append(tuple(jnp.zeros(shape, dtype, device=where) for _ in "kv"))
+                    keys, values = (jnp.zeros(shape, dtype, device=where) for _ in range(2))
+                    self._cache.append((keys, values))
         cache, self._cache = self._cache, None  # donated to the first admission
         zero, hidden = np.zeros((size,), np.int32), np.zeros((size, spec.d_model), dtype)
         hidden, length, num_new, active = put_rows(self._mesh, (hidden, zero, zero.copy(), zero.astype(bool)))
@@ -228,7 +230,14 @@ class EmbeddedEngine:
         return layers, model.final_norm(weights, x)[:, 0]
 
     def _run_admit(
-        self, slots: Slots, layers: Layers, hidden_RD: Array, key: Array, row_S: Array, length_S: Array, identity_S2: Array
+        self,
+        slots: Slots,
+        layers: Layers,
+        hidden_RD: Array,
+        key: Array,
+        row_S: Array,
+        length_S: Array,
+        identity_S2: Array,
     ) -> Slots:
         """Slots whose row is >= 0 start on that prefilled prompt; the others go on."""
         new, row = row_S >= 0, jnp.maximum(row_S, 0)
@@ -241,9 +250,7 @@ class EmbeddedEngine:
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i[0]), i[1]))(identity_S2)
         data = jnp.where(new[:, None], jax.random.key_data(keys), jax.random.key_data(slots.keys_S))
         return Slots(
-            cache=[
-                (copy(k, pk), copy(v, pv)) for (k, v), (pk, pv) in zip(slots.cache, layers, strict=True)
-            ],
+            cache=[(copy(k, pk), copy(v, pv)) for (k, v), (pk, pv) in zip(slots.cache, layers, strict=True)],
             hidden_SD=jnp.where(new[:, None], hidden_RD[row], slots.hidden_SD),
             keys_S=jax.random.wrap_key_data(data),
             length_S=jnp.where(new, length_S, slots.length_S),
@@ -276,7 +283,9 @@ class EmbeddedEngine:
         before = slots.num_new_S
         init = (0, slots, jnp.zeros((size, chunk), jnp.int32), jnp.zeros((size, chunk), jnp.float32))
         _, slots, tokens, logprobs = jax.lax.while_loop(unfinished, body, init)
-        whole = functools.partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(self._mesh, PartitionSpec()))
+        whole = functools.partial(
+            jax.lax.with_sharding_constraint, shardings=NamedSharding(self._mesh, PartitionSpec())
+        )
         return slots, whole(tokens), whole(logprobs), whole(slots.num_new_S - before), whole(slots.active_S)
 
     def _step(self, weights: Params, modules: list[Any], slots: Slots, token_S: Array, *, window: int):
