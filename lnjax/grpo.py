@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lnjax.build import KEY_STATE, Built, Resources, serve
-from lnjax.data.packing import pack
+from lnjax.data.packing import microbatches, pack
 from lnjax.data.streams import PromptStream, build_prompt_stream
 from lnjax.health import check_update
 from lnjax.learn.advantage import group_advantages, loss_weight
@@ -18,7 +18,6 @@ from lnjax.learn.update import Updater
 from lnjax.mesh import put_rows
 from lnjax.schema import GrpoConfig
 from lnjax.score import score_groups
-from lnjax.sft import microbatches
 from lnjax.stage import Position, Stage
 from lnjax.types import RlBatch, RolloutGroup, Sample
 

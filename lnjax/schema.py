@@ -84,8 +84,8 @@ def uniform_blocks(*, num_layers: int, num_kv_heads: int, ffn: int) -> tuple[Blo
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     source: str = "random"
-    """Weights: `random` (needs spec), a folder in Hugging Face format, a .gguf file, or `package:NAME/FILE.gguf`
-    for a file that an installed Python package ships."""
+    """Weights: `random` (needs spec), a folder in Hugging Face format, the folder of an earlier run, a .gguf file, or
+    `package:NAME/FILE.gguf` for a file that an installed Python package ships."""
     spec: Annotated[ModelSpec | None, tyro.conf.Suppress] = None
     """Architecture for source=random; read from the checkpoint otherwise."""
     tokenizer: str = "same"

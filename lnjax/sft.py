@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from lnjax.build import KEY_STATE, Built, Resources
+from lnjax.data.packing import microbatches
 from lnjax.data.streams import SftStream, build_sft_stream
 from lnjax.health import check_update
 from lnjax.learn.loss import LossSum, sft_loss
@@ -56,15 +56,6 @@ def run(b: Built, r: Resources, c: SftConfig, *, stage: Stage, start: Position) 
             pending = None
             stage.save(step, {"state": state}, cursor=stream.cursor)
     return state.params
-
-
-def microbatches(batch: Any, *, rows: int) -> list[Any]:
-    """The batch's rows (leading dim of every array but scalars) in groups of `rows`."""
-    leaves = [x for x in jax.tree.leaves(batch) if np.ndim(x)]
-    return [
-        jax.tree.map(lambda x, i=i: x[i : i + rows] if np.ndim(x) else x, batch)
-        for i in range(0, leaves[0].shape[0], rows)
-    ]
 
 
 def _log(r: Resources, c: SftConfig, step: int, stats: Mapping[str, Any]) -> None:

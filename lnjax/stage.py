@@ -32,6 +32,8 @@ class Stage:
     store: Checkpoints
     log: MetricsLog
     every: int
+    model: Mapping[str, Any]
+    """config.json of the model, so that a checkpoint describes itself."""
     evals: Mapping[str, Any]
     """Evaluations so far; kept with every checkpoint."""
 
@@ -44,6 +46,7 @@ class Stage:
             self.store.save(
                 dict(tree),
                 extra={
+                    "model": dict(self.model),
                     "stage": self.name,
                     "step": step,
                     "updates": int(jax.device_get(tree["state"].step)),

@@ -17,6 +17,7 @@ from lnjax.data.chat import lint_template
 from lnjax.data.streams import build_prompt_stream
 from lnjax.evaluate import EvalResult, evaluate
 from lnjax.metrics import MetricsLog, peak_memory_bytes, write_json
+from lnjax.models.hf import hf_config
 from lnjax.report import plot_run
 from lnjax.rewards.pool import build_reward
 from lnjax.rollout.embedded import EmbeddedEngine
@@ -56,6 +57,8 @@ def run(c: RunConfig, run_dir: Path) -> dict[str, Any]:
     lint_template(b.tokenizer)
     run_dir.mkdir(parents=True, exist_ok=True)
     save_config(c, run_dir)
+    (run_dir / "tokenizer").mkdir(exist_ok=True)
+    b.tokenizer.save(run_dir / "tokenizer")
     with contextlib.ExitStack() as stack:
         store = Checkpoints(run_dir / "checkpoints", keep=c.checkpoint.keep)
         latest = store.latest()
@@ -85,6 +88,7 @@ def _run_stages(b: Built, r: Resources, *, saved: dict[str, Any] | None) -> tupl
     stages = stages_of(c)
     names = [name for name, _ in stages]
     first = names.index(saved["stage"]) if saved else 0
+    described = hf_config(b.model.spec, dtype=c.model.param_dtype)
     updates, params = 0, None
     if saved:
         config = stages[first][1]
@@ -94,7 +98,7 @@ def _run_stages(b: Built, r: Resources, *, saved: dict[str, Any] | None) -> tupl
         _keep(evals, "init", evaluate(b, r, after="init", step=0, params=params))
     for index in range(first, len(stages)):
         name, config = stages[index]
-        stage = Stage(name, r.store, r.log, c.checkpoint.every, evals)
+        stage = Stage(name, r.store, r.log, c.checkpoint.every, described, evals)
         here = saved if index == first else None
         source = functools.partial(lambda p: p, params)
         start = Position(source, updates, here["step"] if here else 0, here)

@@ -1,4 +1,4 @@
-"""Weights from a folder in Hugging Face format or a GGUF file, straight into sharded parameters."""
+"""Weights from a folder in Hugging Face format, a run's checkpoints or a GGUF file, straight into sharded parameters."""
 
 import json
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ import numpy as np
 
 from lnjax.checkpoint.gguf import GgufFile
 from lnjax.checkpoint.safetensors import SafetensorsFolder
+from lnjax.checkpoint.store import Checkpoints, find_checkpoints
 from lnjax.errors import WeightsError
 from lnjax.metrics import progress
 from lnjax.models.hf import TensorMap, spec_from_hf_config, tensor_map
@@ -30,6 +31,10 @@ def read_spec(source: str) -> ModelSpec:
     path = resolve_source(source)
     if path.suffix == ".gguf":
         return GgufFile(path).spec()
+    folder = find_checkpoints(path)
+    if folder:
+        store = Checkpoints(folder, keep=0)
+        return spec_from_hf_config(store.read_extra(_latest(store))["model"])
     file = path / "config.json"
     if not file.is_file():
         raise WeightsError(f"{path}: no config.json; expected a folder in Hugging Face format or a .gguf file")
@@ -46,6 +51,11 @@ def read_spec(source: str) -> ModelSpec:
 def load_weights(source: str, *, spec: ModelSpec, dtype: Any, shardings: Any) -> Any:
     """Parameters in the decoder's layout. Each device reads its own slices; raises WeightsError naming file and tensor."""
     path = resolve_source(source)
+    folder = find_checkpoints(path)
+    if folder:
+        store = Checkpoints(folder, keep=0)
+        params = store.restore_params(_latest(store), shardings)
+        return jax.jit(lambda p: jax.tree.map(lambda x: x.astype(dtype), p), out_shardings=shardings)(params)
     tensors: TensorSource = GgufFile(path) if path.suffix == ".gguf" else SafetensorsFolder(path)
     wanted = tensor_map(spec)
     _check(tensors, wanted, source=str(path), spec=spec)
@@ -61,6 +71,12 @@ def load_weights(source: str, *, spec: ModelSpec, dtype: Any, shardings: Any) ->
             _put(params, entry.path, value)
             advance(len(entry.names))
     return params
+
+
+def _latest(store: Checkpoints) -> int:
+    number = store.latest()
+    assert number is not None  # find_checkpoints saw one
+    return number
 
 
 def _check(tensors: TensorSource, wanted: Sequence[TensorMap], *, source: str, spec: ModelSpec) -> None:

@@ -30,6 +30,7 @@ from lnjax.metrics import progress
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback of what it also raises
 
 FORMAT = 1
+PARAMS = ("state/params/", "params/")
 BARRIER_MS = 600_000
 TEMPORARY = "tmp-"
 
@@ -123,6 +124,26 @@ class Checkpoints:
             ],
         )
 
+    def restore_params(self, number: int, shardings: Any) -> Any:
+        """Only the parameters (`state/params/…` of a run, `params/…` of converted weights), in their saved dtype."""
+        manifest = self._verify(number)
+        prefix = next((p for p in PARAMS if any(n.startswith(p) for n in manifest["arrays"])), PARAMS[0])
+        where = {prefix + name: leaf for name, leaf in flatten(shardings).items()}
+        saved = {n: e for n, e in manifest["arrays"].items() if n.startswith(prefix)}
+        wanted: dict[str, Any] = {
+            n: jax.ShapeDtypeStruct(tuple(e["shape"]), jnp.dtype(e["dtype"]), sharding=where.get(n))
+            for n, e in saved.items()
+        }
+        if saved.keys() != where.keys():
+            name = min(saved.keys() ^ where.keys())
+            raise CheckpointError(
+                f"{self._path(number)}: array {name} does not match the model; wrong checkpoint or spec"
+            )
+        others = dict.fromkeys(manifest["arrays"].keys() - wanted.keys(), ocp.PLACEHOLDER)
+        flat = ocp.load_pytree(self._path(number) / "arrays", {**others, **wanted})
+        paths, structure = jax.tree_util.tree_flatten_with_path(shardings)
+        return jax.tree_util.tree_unflatten(structure, [flat[prefix + _name(path)] for path, _ in paths])
+
     # In the background.
 
     def _finish(self, number: int, temporary: Path, pending: Any, arrays: Mapping[str, Any]) -> None:
@@ -209,8 +230,16 @@ def flatten(tree: Any) -> dict[str, Any]:
     return flat
 
 
+def find_checkpoints(path: Path) -> Path | None:
+    """The folder with the numbered checkpoints: `path` itself, or inside a run folder; None where there are none."""
+    for folder in (path / "checkpoints", path):
+        if folder.is_dir() and any(p.name.isdigit() and (p / "manifest.json").exists() for p in folder.iterdir()):
+            return folder
+    return None
+
+
 def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _name(path: tuple[Any, ...]) -> str:

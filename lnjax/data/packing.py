@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
 from lnjax.errors import DataError
@@ -70,3 +71,12 @@ def pack(samples: Sequence[Sample], *, c: PackConfig) -> Packing:
         free[row] -= size
     rows = max(1, -(-len(free) // c.microbatch_rows)) * c.microbatch_rows
     return Packing(samples, places, rows, c.row_tokens)
+
+
+def microbatches(batch: Any, *, rows: int) -> list[Any]:
+    """The batch's rows (leading dim of every array but scalars) in groups of `rows`."""
+    leaves = [x for x in jax.tree.leaves(batch) if np.ndim(x)]
+    return [
+        jax.tree.map(lambda x, i=i: x[i : i + rows] if np.ndim(x) else x, batch)
+        for i in range(0, leaves[0].shape[0], rows)
+    ]

@@ -80,6 +80,7 @@ def to_prompt(row: Row, *, where: str, tokenizer: Tokenizer, max_tokens: int, sy
         raise DataError(
             f"{where}: key `args` must be an object with what the verifier checks against, got {args!r:.80}"
         )
+    verifier = _verifier(args, where=where)
     ids = prompt_ids(tokenizer, messages)
     if len(ids) > max_tokens:
         raise DataError(
@@ -89,7 +90,7 @@ def to_prompt(row: Row, *, where: str, tokenizer: Tokenizer, max_tokens: int, sy
     return Prompt(
         id=where,
         token_ids=tuple(ids),
-        verifier=_verifier(args, where=where),
+        verifier=verifier,
         args=args,
         text=messages[-1]["content"],
         reasoning=row.get("reasoning", "off") == "on",

@@ -149,6 +149,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _from_folder(folder: Path) -> Tokenizer:
+    if (folder / "tokenizer").is_dir():  # of a run
+        folder = folder / "tokenizer"
     file = folder / "tokenizer.json"
     if not file.exists():
         raise ConfigError(

@@ -18,6 +18,7 @@ from lnjax.types import Score
 
 START_DEADLINE_S = 120.0
 WINDOW = 16  # requests on their way to one worker; it answers in order
+START_ATTEMPTS = 3
 ATTEMPTS = 2  # a completion whose worker dies this often scores 0
 
 
@@ -81,6 +82,7 @@ class RewardPool:
         self._known = sorted({*VERIFIERS, *extra})
         self._workers: list[Worker] = []
         self._warm: set[str] = set()
+        self._failed_starts = 0
 
     def check(self, verifiers: Sequence[str]) -> None:
         """Raises ConfigError for a name that no verifier has."""
@@ -137,8 +139,11 @@ class RewardPool:
                     continue
                 worker.kill()
                 self._workers.remove(worker)
-                if not worker.ready:
-                    raise RolloutError(f"a reward worker {failure} before it was ready; its messages are above")
+                self._failed_starts = 0 if worker.ready else self._failed_starts + 1
+                if self._failed_starts >= START_ATTEMPTS:
+                    raise RolloutError(
+                        f"{START_ATTEMPTS} reward workers in a row {failure} before they were ready; see above"
+                    )
                 if worker.owed:  # the first one was being judged; the others go to another worker
                     culprit = worker.owed.popleft()
                     attempts[culprit] = attempts.get(culprit, 0) + 1

@@ -1,0 +1,127 @@
+"""The house rules of DESIGN: floors, guests, sizes. Reads the imports, runs nothing."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "lnjax"
+
+FLOORS = [
+    {"errors"},
+    {"schema"},
+    {"types", "config"},
+    {"mesh", "metrics", "health", "sources"},
+    {"ops"},
+    {"models", "learn"},
+    {"data", "rollout", "rewards", "checkpoint"},
+    {"build", "score", "stage"},
+    {"evaluate", "sft", "grpo"},
+    {"report"},
+    {"train"},
+    {"launch", "convert"},
+]
+ROOMS = {"models", "learn", "ops", "data", "rollout", "rewards", "checkpoint"}
+NO_JAX = {"errors.py", "schema.py", "config.py", "sources.py", "launch.py"}
+GUESTS = {
+    "transformer_engine": "ops",
+    "orbax": "checkpoint",
+    "gguf": ("checkpoint", "data"),  # its tokenizer and its tensors
+    "optax": "learn",
+    "tokenizers": "data",
+    "transformers": "data",
+    "grain": "data",
+    "jinja2": "data",
+    "tensorboardX": "metrics.py",
+    "rich": ("metrics.py", "launch.py"),
+    "tyro": ("config.py", "schema.py"),
+    "matplotlib": "report.py",
+    "math_verify": "rewards",
+    "nltk": "rewards",
+    "torch": (),
+    "vllm": (),
+}
+
+
+def sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(text: str) -> list[str]:
+    """Dotted names of everything imported, at the top or inside functions."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def room(path: Path) -> str:
+    """First part of the module's name below lnjax."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def floor(name: str) -> int:
+    return next(i for i, names in enumerate(FLOORS) if name in names)
+
+
+def violations(here: str, text: str) -> list[str]:
+    """Imports of lnjax modules that are not on a lower floor (or in the same room)."""
+    found = []
+    for name in imports(text):
+        parts = name.split(".")
+        if parts[0] != "lnjax":
+            continue
+        there = parts[1]
+        same_room = there == here and here in ROOMS
+        if not same_room and floor(there) >= floor(here):
+            found.append(f"{here} imports {there}")
+    return found
+
+
+def test_the_checker_sees_a_sibling_and_an_upward_import():
+    assert violations("data", "from lnjax.rewards.pool import build_reward") == ["data imports rewards"]
+    assert violations("models", "import lnjax.learn.loss") == ["models imports learn"]
+    assert violations("learn", "def f():\n    from lnjax import train") == ["learn imports train"]
+    assert violations("data", "from lnjax.data.rows import Row\nfrom lnjax.types import Prompt") == []
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_file_keeps_the_rules_of_the_house(path):
+    text = path.read_text(encoding="utf-8")
+    if path == PACKAGE / "__init__.py" or path.name == "__init__.py":
+        assert text == "", "packages stay empty"
+        return
+    assert violations(room(path), text) == []
+    names = imports(text)
+    for guest, homes in GUESTS.items():
+        if any(n.split(".")[0] == guest for n in names):
+            homes = (homes,) if isinstance(homes, str) else homes
+            assert any(path.relative_to(PACKAGE).parts[0] == home for home in homes), f"{guest} is a guest of {homes}"
+    if path.name in NO_JAX and path.parent == PACKAGE:
+        top = [n for n in imports_at_top(text) if n.split(".")[0] in ("jax", "flax", "optax")]
+        assert top == []
+    assert path.name not in ("utils.py", "helpers.py", "misc.py")
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert (node.end_lineno or 0) - node.lineno < 150, f"{node.name} is too long"
+
+
+def imports_at_top(text: str) -> list[str]:
+    tree = ast.parse(text)
+    return imports(ast.unparse(ast.Module([n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))], [])))
+
+
+def test_workers_of_the_reward_pool_never_import_jax():
+    for name in ("worker", "verifiers", "protocol", "format", "ifeval"):
+        text = (PACKAGE / "rewards" / f"{name}.py").read_text(encoding="utf-8")
+        assert not [n for n in imports(text) if n.split(".")[0] == "jax" or n.startswith("lnjax.types")]
+
+
+def test_the_product_can_be_read_in_an_afternoon():
+    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in sources()) <= 10_000

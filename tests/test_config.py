@@ -1,0 +1,84 @@
+"""Configs and the command line."""
+
+import dataclasses
+import json
+
+import pytest
+
+from lnjax.config import config_hash, config_names, flat, load_config, parse, save_config, to_dict, validate
+from lnjax.errors import ConfigError
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_every_shipped_config_loads_and_validates(name):
+    config = load_config(name)
+    validate(config)
+    assert config.name == name
+
+
+def test_overrides_are_typed_and_reach_their_leaf():
+    job = parse(
+        ["--config", "tiny_grpo", "--grpo.steps", "3", "--grpo.loss.kl-estimator", "k1", "--checkpoint.export_hf=False"]
+    )
+    assert job.config.grpo.steps == 3
+    assert job.config.grpo.loss.kl_estimator == "k1"
+    assert job.config.checkpoint.export_hf is False
+    assert str(job.run_dir) == "runs/tiny_grpo"
+    assert job.config.sft == load_config("tiny_grpo").sft
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config", "tiny_grp"], "no config 'tiny_grp', did you mean tiny_grpo?"),
+        (["--grpo.steps", "3"], "--config is missing"),
+        (["--config", "tiny_grpo", "--grpo.stepz", "3"], "unknown key --grpo.stepz, did you mean grpo.steps?"),
+        (["--config", "tiny_sft", "--grpo.steps", "3"], "tiny_sft has no grpo stage"),
+        (["--config", "tiny_grpo", "--grpo.steps", "abc"], "--grpo.steps abc: expected int, got 'abc'"),
+        (["--config", "tiny_grpo", "--grpo.loss.kl_estimator", "k9"], "expected Literal['k1', 'k2', 'k3'], got 'k9'"),
+        (["--config", "tiny_grpo", "--grpo.steps"], "--grpo.steps needs a value"),
+        (["--config", "tiny_grpo", "--grpo.steps", "0"], "grpo.steps=0 must be positive"),
+        (["--config", "tiny_grpo", "--grpo.updates_per_step", "3"], "grpo.updates_per_step=3 does not divide"),
+        (["--config", "tiny_grpo", "--grpo.samples_per_prompt", "1"], "at least 2"),
+        (["--config", "tiny_grpo", "--engine.max_len", "40"], "engine.max_len is 40"),
+        (["--config", "tiny_grpo", "--grpo.pack.row_tokens", "50"], "grpo.pack.row_tokens is 50"),
+        (["--config", "tiny_grpo", "--grpo.sampling.top_p", "0.9"], "grpo.sampling.top_p must be 1"),
+        (
+            ["--config", "tiny_sft", "--sft.batch_rows", "9"],
+            "sft.pack.microbatch_rows=8 does not divide sft.batch_rows=9",
+        ),
+    ],
+)
+def test_a_wrong_command_line_names_the_key(words, message):
+    with pytest.raises(ConfigError) as error:
+        parse(words)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_hash_changes_with_any_value_and_only_then():
+    config = load_config("tiny_grpo")
+    assert config_hash(config) == config_hash(load_config("tiny_grpo"))
+    assert config_hash(config) != config_hash(dataclasses.replace(config, seed=1))
+    assert len(config_hash(config)) == 12
+
+
+def test_a_run_folder_of_another_config_is_refused_and_says_what_differs(tmp_path):
+    config = load_config("tiny_grpo")
+    save_config(config, tmp_path)
+    save_config(config, tmp_path)
+    longer = dataclasses.replace(config, grpo=dataclasses.replace(config.grpo, steps=99))
+    save_config(longer, tmp_path)  # more steps go on
+    with pytest.raises(ConfigError, match="seed was 0, is 7"):
+        save_config(dataclasses.replace(longer, seed=7), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["hash"] == config_hash(longer)
+
+
+def test_every_knob_is_documented_in_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["--config", "tiny_grpo", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    keys = [k for k in flat(to_dict(load_config("tiny_grpo"))) if not k.startswith("model.spec")]
+    missing = [k for k in keys if "--" + k.replace("_", "-") not in text]
+    assert missing == []

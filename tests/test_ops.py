@@ -1,0 +1,159 @@
+"""Kernels against plain references."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lnjax.errors import ConfigError
+from lnjax.mesh import make_mesh
+from lnjax.ops.attention import attention_xla
+from lnjax.ops.head import head_xla
+from lnjax.ops.sample import sample
+from lnjax.schema import MeshConfig
+from lnjax.types import SamplingParams
+
+
+def close(a, b, tol):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=tol, atol=tol)
+
+
+def naive_attention(q, k, v, segments):
+    group = q.shape[2] // k.shape[2]
+    k, v = np.repeat(k, group, 2), np.repeat(v, group, 2)
+    scores = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1])
+    t = np.arange(q.shape[1])
+    allowed = (t[:, None] >= t[None]) & (segments[:, :, None] == segments[:, None]) & (segments[:, :, None] > 0)
+    scores = np.where(allowed[:, None], scores, -1e30)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights = np.where(allowed[:, None], weights, 0)
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-30)
+    return np.einsum("bnts,bsnh->btnh", weights, v)
+
+
+@pytest.mark.parametrize("length", [16, 96, 300])
+def test_packed_documents_never_see_each_other_and_padding_is_zero(length):
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(2, length, 4, 8)).astype(np.float32)
+    k, v = (rng.normal(size=(2, length, 2, 8)).astype(np.float32) for _ in range(2))
+    segments = np.zeros((2, length), np.int32)
+    segments[0, : length // 3], segments[0, length // 3 :] = 1, 2
+    segments[1, : length // 2] = 1
+    out = jax.jit(attention_xla)(q, k, v, segments)
+    close(out, naive_attention(q, k, v, segments), 2e-5)
+    assert not np.asarray(out)[1, length // 2 :].any()
+    other = k.copy()
+    other[0, : length // 3] += 5.0
+    again = jax.jit(attention_xla)(q, other, v, segments)
+    assert np.array_equal(np.asarray(again)[0, length // 3 :], np.asarray(out)[0, length // 3 :])
+
+
+def naive_head(x, w, targets, temperature):
+    logits = jnp.einsum("btd,vd->btv", x, w) / temperature
+    logprobs = jax.nn.log_softmax(logits)
+    return jnp.take_along_axis(logprobs, targets[..., None], -1)[..., 0], -(jnp.exp(logprobs) * logprobs).sum(-1)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(fsdp=4, tensor=2)], ids=["one", "eight"])
+@pytest.mark.parametrize("vocab", [160, 5000])
+def test_the_head_and_its_gradient_equal_the_naive_one(mesh, vocab):
+    grid = make_mesh(mesh, devices=jax.devices()[: 1 if mesh == MeshConfig() else 8])
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(4, 12, 32)), jnp.float32)
+    w = jnp.asarray(rng.normal(size=(vocab, 32)), jnp.float32) * 0.3
+    targets = jnp.asarray(rng.integers(0, vocab, (4, 12)), jnp.int32)
+    weight = jnp.asarray(rng.normal(size=(4, 12)), jnp.float32)
+
+    def ours(x, w):
+        out = head_xla(x, w, targets, mesh=grid, temperature=0.7)
+        return (out.logprobs_BT * weight).sum(), out
+
+    def theirs(x, w):
+        logprobs, entropy = naive_head(x, w, targets, 0.7)
+        return (logprobs * weight).sum(), (logprobs, entropy)
+
+    (dx, dw), out = jax.jit(jax.grad(ours, argnums=(0, 1), has_aux=True))(x, w)
+    (ex, ew), (logprobs, entropy) = jax.grad(theirs, argnums=(0, 1), has_aux=True)(x, w)
+    close(out.logprobs_BT, logprobs, 1e-5)
+    close(out.entropy_BT, entropy, 2e-5)
+    close(dx, ex, 1e-5)
+    close(dw, ew, 1e-5)
+
+
+def test_the_head_at_llama_size_needs_less_than_300_mb_of_temporaries():
+    grid = make_mesh(MeshConfig(), devices=jax.devices()[:1])
+
+    def loss(x, w, targets):
+        return head_xla(x, w, targets, mesh=grid).logprobs_BT.sum()
+
+    shapes = [jax.ShapeDtypeStruct(s, d) for s, d in (((1, 8192, 512), "float32"), ((128256, 512), "float32"))]
+    compiled = (
+        jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes, jax.ShapeDtypeStruct((1, 8192), "int32")).compile()
+    )
+    assert compiled.memory_analysis().temp_size_in_bytes < 300e6
+
+
+@pytest.mark.slow
+def test_the_head_at_llama_size_has_the_naive_gradient():
+    grid = make_mesh(MeshConfig(), devices=jax.devices()[:1])
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(1, 8192, 512)), jnp.float32)
+    w = jnp.asarray(rng.normal(size=(128256, 512)), jnp.float32) * 0.05
+    targets = jnp.asarray(rng.integers(0, 128256, (1, 8192)), jnp.int32)
+    ours = jax.jit(jax.grad(lambda x, w: head_xla(x, w, targets, mesh=grid).logprobs_BT.mean(), argnums=(0, 1)))(x, w)
+
+    @jax.jit
+    def piece(x, targets):  # the naive loss, a slice of tokens at a time: [8192, 128256] would not fit beside it
+        return jax.grad(lambda x, w: naive_head(x, w, targets, 1.0)[0].sum() / 8192, argnums=(0, 1))(x, w)
+
+    dx, dw = [], 0.0
+    for i in range(0, 8192, 512):
+        a, b = piece(x[:, i : i + 512], targets[:, i : i + 512])
+        dx.append(a)
+        dw = dw + b
+    dx = jnp.concatenate(dx, 1)
+    for got, wanted in ((ours[0], dx), (ours[1], dw)):
+        assert float(jnp.abs(got - wanted).max()) <= 1e-5 * max(1.0, float(jnp.abs(wanted).max()))
+
+
+def draw(logits, count, **knobs):
+    sampling = SamplingParams(
+        **{"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 1, "stop_token_ids": (), **knobs}
+    )
+    keys = jax.random.split(jax.random.key(0), count)
+    tokens, logprobs = jax.jit(lambda x, k: sample(x, k, sampling=sampling))(jnp.tile(logits[None], (count, 1)), keys)
+    return np.asarray(tokens), np.asarray(logprobs)
+
+
+def test_samples_follow_the_softmax_and_carry_its_logprob():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=300) * 2, jnp.float32)
+    tokens, logprobs = draw(logits, 20_000, temperature=0.8)
+    wanted = np.asarray(jax.nn.softmax(logits / 0.8))
+    counts = np.bincount(tokens, minlength=300)
+    expected = wanted * 20_000
+    chi = ((counts - expected) ** 2 / expected)[expected > 5].sum()
+    assert chi < (expected > 5).sum() + 5 * np.sqrt(2 * (expected > 5).sum())
+    close(logprobs, np.log(wanted)[tokens], 1e-5)
+
+
+def test_top_k_and_top_p_cut_the_tail_and_renormalise():
+    logits = jnp.log(jnp.asarray([0.4, 0.3, 0.2, 0.06, 0.04]))
+    tokens, logprobs = draw(logits, 500, top_k=2)
+    assert set(tokens) == {0, 1}
+    close(logprobs, np.log(np.asarray([0.4, 0.3]) / 0.7)[tokens], 1e-5)
+    tokens, logprobs = draw(logits, 500, top_p=0.75)
+    assert set(tokens) == {0, 1, 2}
+    close(logprobs, np.log(np.asarray([0.4, 0.3, 0.2]) / 0.9)[tokens], 1e-5)
+
+
+def test_temperature_zero_is_greedy():
+    tokens, logprobs = draw(jnp.asarray([0.1, 3.0, 2.0]), 4, temperature=0.0)
+    assert tokens.tolist() == [1] * 4
+    assert logprobs.tolist() == [0.0] * 4
+
+
+def test_a_mesh_that_does_not_fit_the_devices_is_a_config_error():
+    with pytest.raises(ConfigError, match="does not make 8 devices"):
+        make_mesh(MeshConfig(data=3, fsdp=1, tensor=1), devices=jax.devices())
+    with pytest.raises(ConfigError, match="only one axis may be -1"):
+        make_mesh(MeshConfig(data=-1), devices=jax.devices())
