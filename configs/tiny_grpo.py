@@ -1,4 +1,7 @@
-"""Two layers, ten SFT and ten GRPO steps, two updates a cycle, a reference policy: seconds. For tests."""
+"""Two layers, ten SFT and ten GRPO steps, two updates a cycle, a reference policy: seconds. For tests.
+
+The RL task is one where babble is right at times (no commas, few words), so that there is something to learn from.
+"""
 
 from lnjax.schema import (
     CheckpointConfig,
@@ -41,7 +44,7 @@ def config() -> RunConfig:
             compute_dtype="float32",
         ),
         engine=EmbeddedConfig(
-            num_slots=16, max_len=64, decode_chunk=8, prefill_rows=8, prefill_multiple=32, dtype="float32"
+            num_slots=16, max_len=256, decode_chunk=8, prefill_rows=8, prefill_multiple=32, dtype="float32"
         ),
         reward=RewardConfig(num_workers=1, format="think"),
         sft=SftConfig(
@@ -52,19 +55,19 @@ def config() -> RunConfig:
             optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
         ),
         grpo=GrpoConfig(
-            prompts=PromptConfig(source="arithmetic", num_prompts=200, seed=1, max_prompt_tokens=32),
+            prompts=PromptConfig(source="ifeval", num_prompts=200, max_prompt_tokens=200),
             prompts_per_step=8,
             samples_per_prompt=4,
             steps=10,
             updates_per_step=2,
             sampling=SamplingConfig(max_new_tokens=24),
             loss=GrpoLossConfig(kl_coef=0.001, clip_high=0.28, importance_cap=2.0),
-            pack=PackConfig(row_tokens=128, microbatch_rows=8),
-            optimizer=OptimizerConfig(learning_rate=1e-3),
+            pack=PackConfig(row_tokens=256, microbatch_rows=8),
+            optimizer=OptimizerConfig(learning_rate=3e-3),
         ),
         eval=EvalConfig(
-            prompts=PromptConfig(source="arithmetic", split="heldout", num_prompts=32, max_prompt_tokens=32),
-            sampling=SamplingConfig(max_new_tokens=24, temperature=0.0),
+            prompts=PromptConfig(source="ifeval", split="heldout", num_prompts=32, max_prompt_tokens=200),
+            sampling=SamplingConfig(max_new_tokens=24),
         ),
         checkpoint=CheckpointConfig(every=4, keep=2),
     )

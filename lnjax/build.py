@@ -1,5 +1,6 @@
 """What every loop needs, built once from the config: what can fail, fails here, before any training."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ class Resources:
     store: Any
     engine: Any
     reward: Any
+    streams: Mapping[str, Any]
+    """Data of each stage by its name, and the held-out prompts under `eval`: read and checked before anything is written."""
 
 
 KEY_INIT, KEY_ENGINE, KEY_STATE = range(3)

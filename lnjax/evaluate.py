@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 
 from lnjax.build import Built, Resources, serve
-from lnjax.data.streams import build_prompt_stream
 from lnjax.score import score_groups
 
 EVAL_SEED = 2**31  # apart from every rl_step
@@ -31,7 +30,7 @@ def evaluate(b: Built, r: Resources, *, after: str, step: int, params: object) -
         return None
     with r.log.phase("evaluate"):
         serve(b, r, number=step, params=params)
-        prompts = build_prompt_stream(c.prompts, b.tokenizer).take(c.prompts.num_prompts)
+        prompts = r.streams["eval"].prompts
         completions = r.engine.generate(
             prompts, num_samples=c.num_samples, sampling=b.sampling(c.sampling), seed=EVAL_SEED
         )

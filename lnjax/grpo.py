@@ -49,7 +49,7 @@ def build_updater(b: Built, c: GrpoConfig) -> Updater:
 
 def run(b: Built, r: Resources, c: GrpoConfig, *, stage: Stage, start: Position) -> Any:
     """Train until `c.steps`; returns the parameters. Continues where `start` says."""
-    updater, prompts = build_updater(b, c), build_stream(b, c)
+    updater, prompts = build_updater(b, c), r.streams["grpo"]
     logprobs = jax.jit(_logprobs_program(b, c))
     reference = None
     if start.saved is None:

@@ -34,7 +34,7 @@ def build_updater(b: Built, c: SftConfig) -> Updater:
 
 def run(b: Built, r: Resources, c: SftConfig, *, stage: Stage, start: Position) -> Any:
     """Train until `c.steps`; returns the parameters. Continues where `start` says."""
-    updater, stream = build_updater(b, c), build_stream(b, c)
+    updater, stream = build_updater(b, c), r.streams["sft"]
     if start.saved is None:
         state = updater.init(start.params(), step=start.updates, rng=jax.random.fold_in(b.key, KEY_STATE))
     else:

@@ -41,13 +41,11 @@ def check(c: RunConfig, run_dir: Path) -> str:
         f"tokenizer  {b.tokenizer.vocab_size} ids, stop {list(b.tokenizer.stop_token_ids)}; chat template passes the linter",
         f"mesh       {dict(b.mesh.shape)} on {jax.device_count()} {jax.devices()[0].device_kind} device(s)",
     ]
+    _streams(b)
     for name, stage in stages_of(c):
-        LOOPS[name].build_stream(b, stage)
         state = LOOPS[name].build_updater(b, stage).abstract_state()
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.params, state.opt_state)))
         lines.append(f"{name:10} {stage.steps} steps; parameters and optimizer {size / 1e6:,.1f} MB over all devices")
-    if c.eval:
-        build_prompt_stream(c.eval.prompts, b.tokenizer)
     return "\n".join(lines)
 
 
@@ -55,6 +53,7 @@ def run(c: RunConfig, run_dir: Path) -> dict[str, Any]:
     """Train; returns what it wrote into summary.json. A folder with checkpoints of the same config is resumed."""
     b = build(c, run_dir)
     lint_template(b.tokenizer)
+    streams = _streams(b)
     run_dir.mkdir(parents=True, exist_ok=True)
     save_config(c, run_dir)
     (run_dir / "tokenizer").mkdir(exist_ok=True)
@@ -71,7 +70,7 @@ def run(c: RunConfig, run_dir: Path) -> dict[str, Any]:
         reward = stack.enter_context(build_reward(c.reward))
         if saved:
             log.note(f"resuming {run_dir} from checkpoint {latest}: {saved['stage']} step {saved['step']}")
-        r = Resources(log, store, engine, reward)
+        r = Resources(log, store, engine, reward, streams)
         params, evals = _run_stages(b, r, saved=saved)
         store.wait()
         if c.checkpoint.export_hf:
@@ -80,6 +79,17 @@ def run(c: RunConfig, run_dir: Path) -> dict[str, Any]:
     write_json(run_dir / "summary.json", summary)
     plot_run(run_dir)
     return summary
+
+
+def _streams(b: Built) -> dict[str, Any]:
+    """All data of the run, every row checked. Raises DataError naming the row."""
+    c = b.config
+    streams = {name: LOOPS[name].build_stream(b, stage) for name, stage in stages_of(c)}
+    if c.eval:
+        streams["eval"] = build_prompt_stream(c.eval.prompts, b.tokenizer)
+    for name in streams.keys() & {"grpo", "eval"}:
+        build_reward(c.reward).check([p.verifier for p in streams[name].prompts])
+    return streams
 
 
 def _run_stages(b: Built, r: Resources, *, saved: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:

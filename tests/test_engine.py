@@ -69,13 +69,14 @@ def test_the_same_sample_comes_out_whatever_else_is_in_the_batch(wide, rollouts)
 def test_the_learner_agrees_with_the_engine_on_every_logprob(wide, rollouts):
     model, _, params = wide
     drifts = []
+    score = jax.jit(model.logprobs)
     for prompt, group in zip(prompts(6), rollouts, strict=True):
         for c in group:
             tokens = np.zeros((1, 64), np.int32)
             size = len(prompt.token_ids) + len(c.token_ids)
             tokens[0, :size] = prompt.token_ids + c.token_ids
             positions = np.arange(64, dtype=np.int32)[None]
-            out = model.logprobs(params, tokens, positions, (positions < size).astype(np.int32))
+            out = score(params, tokens, positions, (positions < size).astype(np.int32))
             drifts += (np.asarray(out.logprobs_BT)[0, len(prompt.token_ids) : size] - np.asarray(c.logprobs)).tolist()
     drift = np.asarray(drifts)
     assert np.exp(np.abs(drift)).mean() <= 1.0001

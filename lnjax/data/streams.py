@@ -26,7 +26,9 @@ class PromptStream:
     """Prompts in a new order every epoch, addressed by one global index."""
 
     def __init__(self, prompts: Sequence[Prompt], *, seed: int):
-        self._order: Any = grain.MapDataset.source(list(prompts)).seed(seed).shuffle().repeat()
+        self.prompts = list(prompts)
+        """Each once, in the order of the source."""
+        self._order: Any = grain.MapDataset.source(self.prompts).seed(seed).shuffle().repeat()
         self._next = 0
 
     def take(self, count: int) -> list[Prompt]:

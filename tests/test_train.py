@@ -1,0 +1,270 @@
+"""Whole runs through the front door: what they write, twice the same, resumed, on eight devices, and on bad input."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lnjax.checkpoint.store import Checkpoints
+from lnjax.launch import main
+
+ROOT = Path(__file__).parent.parent
+LAUNCH = [sys.executable, "-m", "lnjax.launch"]
+
+
+def environment(devices=1):
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+
+
+def run(*words, devices=1):
+    done = subprocess.run(
+        [*LAUNCH, *map(str, words)], cwd=ROOT, env=environment(devices), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done
+
+
+def metrics(folder):
+    """Lines without their times."""
+    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "time"} for line in lines]
+
+
+def final_arrays(folder):
+    """Every array of the last checkpoint, as bytes."""
+    store = Checkpoints(folder / "checkpoints", keep=9)
+    number = store.latest()
+    assert number is not None
+    import jax
+
+    manifest = json.loads((folder / "checkpoints" / str(number) / "manifest.json").read_text())
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {
+        name: jax.ShapeDtypeStruct(tuple(e["shape"]), e["dtype"], sharding=place)
+        for name, e in manifest["arrays"].items()
+    }
+    return {k: np.asarray(v).tobytes() for k, v in store.restore(number, wanted).items()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    run("--config", "tiny_grpo", "--run-dir", folder)
+    return folder
+
+
+def test_a_run_writes_what_a_person_looks_for(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    assert set(summary["eval"]) == {"init", "sft", "grpo"}
+    assert summary["config_hash"] == json.loads((finished / "config.json").read_text())["hash"]
+    assert {"sft.update", "grpo.sample", "grpo.score", "grpo.update", "grpo.publish", "eval.evaluate"} <= set(
+        summary["seconds"]
+    )
+    assert summary["tokens"]["grpo.sample_tokens"] > 1000
+    assert summary["peak_memory_bytes"]["host"] > 1e8
+    assert (finished / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert any((finished / "tb").iterdir())
+    assert {p.name for p in (finished / "hf").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    lines = metrics(finished)
+    assert [(x["stage"], x["step"]) for x in lines] == [
+        ("eval", 0),
+        *(("sft", i) for i in range(1, 11)),
+        ("eval", 10),
+        *(("grpo", i) for i in range(1, 11)),
+        ("eval", 30),
+    ]
+    first = lines[12]
+    assert first["sampler_kl"] < 1e-8
+    assert first["prob_error"] <= 1.0001
+    assert [x["version"] for x in lines if x["stage"] == "grpo"] == list(range(10, 30, 2))
+
+
+def test_sft_lowers_the_loss(finished):
+    losses = [x["loss"] for x in metrics(finished) if x["stage"] == "sft"]
+    assert losses[-1] < losses[0] - 1.0
+
+
+def test_the_same_command_gives_the_same_metrics_but_for_times(finished, tmp_path):
+    run("--config", "tiny_grpo", "--run-dir", tmp_path / "again")
+    assert metrics(tmp_path / "again") == metrics(finished)
+    assert final_arrays(tmp_path / "again") == final_arrays(finished)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [("--mesh.fsdp", "4", "--mesh.tensor", "2"), ("--mesh.fsdp", "8")], ids=["4x2", "8"])
+def test_eight_devices_give_the_same_losses(finished, tmp_path, mesh):
+    run("--config", "tiny_grpo", "--run-dir", tmp_path / "many", *mesh, devices=8)
+    alone, many = metrics(finished), metrics(tmp_path / "many")
+    for a, b in zip(alone, many, strict=True):
+        for key in ("loss", "reward", "entropy", "mean", "completion_tokens_mean"):
+            if key in a:
+                assert abs(a[key] - b[key]) <= 1e-5, (a["stage"], a["step"], key)
+
+
+@pytest.mark.slow
+def test_kill_9_at_ten_random_moments_changes_nothing(finished, tmp_path):
+    folder = tmp_path / "killed"
+    rng = np.random.default_rng(0)
+    command = [*LAUNCH, "--config", "tiny_grpo", "--run-dir", str(folder)]
+    kills = 0
+    while kills < 10:
+        child = subprocess.Popen(
+            command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        # Wait until it writes this run's metrics, then strike somewhere within the next second and a half.
+        before = (folder / "metrics.jsonl").stat().st_mtime_ns if (folder / "metrics.jsonl").exists() else 0
+        while child.poll() is None:
+            if (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_mtime_ns != before:
+                break
+            time.sleep(0.01)
+        time.sleep(float(rng.uniform(0, 1.5 if kills < 7 else 4.0)))
+        if child.poll() is not None:
+            break  # it finished
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        kills += 1
+    run("--config", "tiny_grpo", "--run-dir", folder)
+    assert kills >= 5
+    assert metrics(folder) == metrics(finished)
+    assert final_arrays(folder) == final_arrays(finished)
+    assert (
+        json.loads((folder / "summary.json").read_text())["eval"]
+        == json.loads((finished / "summary.json").read_text())["eval"]
+    )
+
+
+def test_more_steps_go_on_where_the_run_ended(finished, tmp_path):
+    import shutil
+
+    folder = tmp_path / "longer"
+    shutil.copytree(finished, folder)
+    done = run("--config", "tiny_grpo", "--run-dir", folder, "--grpo.steps", "12")
+    assert "resuming" in done.stdout
+    lines = metrics(folder)
+    assert [x["step"] for x in lines if x["stage"] == "grpo"] == list(range(1, 13))
+    assert lines[:22] == metrics(finished)[:22]
+
+
+def test_the_trained_weights_start_another_run(finished, tmp_path):
+    for source in (finished, finished / "hf"):
+        words = [
+            "--config",
+            "tiny_sft",
+            "--run-dir",
+            tmp_path / source.name,
+            "--model.source",
+            source,
+            "--model.tokenizer",
+        ]
+        out = run(*words, "same", "--sft.steps", "2").stdout
+        assert "sft 2/2" in out
+    last = [x["loss"] for x in metrics(finished) if x["stage"] == "sft"][-1]
+    assert metrics(tmp_path / "hf")[0]["loss"] < last + 0.2
+
+
+# Bad input: each one line on stderr, exit status 2, nothing changed.
+
+
+def snapshot(folder):
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
+
+
+def fails(capfd, *words):
+    status = main([str(w) for w in words])
+    err = capfd.readouterr().err.strip().splitlines()
+    assert status == 2
+    assert len(err) == 1, err
+    assert err[0].startswith("error: ")
+    return err[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--grpo.step", "3"], "unknown key --grpo.step, did you mean grpo.steps?"),
+        (["--seed", "x"], "--seed x: expected int, got 'x'"),
+        (["--model.source", "nowhere"], "nowhere: no such folder or file"),
+        (["--mesh.tensor", "3"], "does not make 8 devices"),
+        (["--grpo.prompts.max_prompt_tokens", "10"], "prompts.max_prompt_tokens is 10"),
+        (["--sft.pack.row_tokens", "30"], "a packed row holds 30"),
+        (["--sft.data.source", "rows.jsonl"], "rows.jsonl: no such file"),
+    ],
+)
+def test_a_bad_command_line_is_one_line(capfd, tmp_path, words, message):
+    assert message in fails(capfd, "--config", "tiny_grpo", "--run-dir", tmp_path / "r", "--dry-run", *words)
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{", "not valid JSON"),
+        ('{"input": [{"role": "robot", "content": "1"}], "output": "2"}', "unknown role 'robot'"),
+        ('{"input": [{"role": "user", "content": "1"}], "output": ""}', "empty loss mask"),
+    ],
+)
+def test_a_bad_row_is_one_line_with_file_and_number(capfd, tmp_path, row, message):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"input": [{"role": "user", "content": "1"}], "output": "2"}\n' + row + "\n")
+    line = fails(capfd, "--config", "tiny_sft", "--run-dir", tmp_path / "r", "--sft.data.source", file, "--dry-run")
+    assert f"{file}:2: " in line
+    assert message in line
+
+
+@pytest.fixture
+def damaged(finished, tmp_path):
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    newest = max((folder / "checkpoints").iterdir(), key=lambda p: int(p.name))
+    return folder, max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+@pytest.mark.parametrize("kind", ["flipped", "truncated", "missing"])
+def test_a_damaged_checkpoint_stops_the_resume_and_leaves_the_folder_as_it_is(capfd, damaged, kind):
+    folder, file = damaged
+    data = bytearray(file.read_bytes())
+    if kind == "missing":
+        file.unlink()
+    else:
+        data[100] ^= 1
+        file.write_bytes(bytes(data if kind == "flipped" else data[:100]))
+    before = snapshot(folder)
+    words = ["--config", "tiny_grpo", "--run-dir", folder, "--grpo.steps", "12"]
+    assert str(file) in fails(capfd, *words)
+    after = snapshot(folder)
+    changed = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)}
+    assert changed <= {"config.json"}
+
+
+def test_another_config_does_not_touch_the_folder(capfd, damaged):
+    folder, _ = damaged
+    before = snapshot(folder)
+    assert "seed was 0, is 1" in fails(capfd, "--config", "tiny_grpo", "--run-dir", folder, "--seed", "1")
+    assert snapshot(folder) == before
+
+
+def test_a_dry_run_checks_everything_and_writes_nothing(capfd, tmp_path):
+    assert main(["--config", "tiny_grpo", "--run-dir", str(tmp_path / "r"), "--dry-run"]) == 0
+    out = capfd.readouterr().out
+    assert "28,832 parameters" in out
+    assert "passes the linter" in out
+    assert not (tmp_path / "r").exists()
