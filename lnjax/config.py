@@ -156,29 +156,35 @@ def render(config: RunConfig) -> str:
     return "\n".join(lines)
 
 
-def save_config(config: RunConfig, run_dir: Path) -> None:
-    """Write RUN_DIR/config.json. Raises ConfigError when the folder belongs to another config."""
+def check_run_dir(config: RunConfig, run_dir: Path) -> None:
+    """Raises ConfigError when the folder holds a run of another config; touches nothing."""
     path = run_dir / "config.json"
-    new = json.loads(json.dumps(to_dict(config)))
-    if path.exists():
-        try:
-            old = json.loads(path.read_text(encoding="utf-8"))["config"]
-        except (ValueError, KeyError) as error:
-            raise ConfigError(f"{path}: damaged ({error!r}); use another --run-dir") from error
-        before, after = flat(old), flat(new)
-        changed = [
-            f"{k} was {before.get(k)!r}, is {after.get(k)!r}"
-            for k in sorted(before.keys() | after.keys())
-            if before.get(k) != after.get(k) and k not in FREE_ON_RESUME
-        ]
-        if changed:
-            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-            raise ConfigError(
-                f"{run_dir} holds a run of another config ({'; '.join(changed[:3])}{more}); use another --run-dir, or the "
-                "same values to resume it"
-            )
+    if not path.exists():
+        return
+    try:
+        before = flat(json.loads(path.read_text(encoding="utf-8"))["config"])
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"{path}: damaged ({error!r}); use another --run-dir") from error
+    after = flat(json.loads(json.dumps(to_dict(config))))
+    changed = [
+        f"{k} was {before.get(k)!r}, is {after.get(k)!r}"
+        for k in sorted(before.keys() | after.keys())
+        if before.get(k) != after.get(k) and k not in FREE_ON_RESUME
+    ]
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise ConfigError(
+            f"{run_dir} holds a run of another config ({'; '.join(changed[:3])}{more}); use another --run-dir, or the "
+            "same values to resume it"
+        )
+
+
+def save_config(config: RunConfig, run_dir: Path) -> None:
+    """Write RUN_DIR/config.json, whole."""
+    path = run_dir / "config.json"
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps({"hash": config_hash(config), "config": new}, indent=1) + "\n", encoding="utf-8")
+    body = {"hash": config_hash(config), "config": to_dict(config)}
+    temporary.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 

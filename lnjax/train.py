@@ -12,7 +12,7 @@ from lnjax import grpo, sft
 from lnjax.build import KEY_ENGINE, Built, Resources, build, initial_params
 from lnjax.checkpoint.hf import save_hf
 from lnjax.checkpoint.store import Checkpoints
-from lnjax.config import config_hash, save_config
+from lnjax.config import check_run_dir, config_hash, save_config
 from lnjax.data.chat import lint_template
 from lnjax.data.streams import build_prompt_stream
 from lnjax.evaluate import EvalResult, evaluate
@@ -54,13 +54,16 @@ def run(c: RunConfig, run_dir: Path) -> dict[str, Any]:
     b = build(c, run_dir)
     lint_template(b.tokenizer)
     streams = _streams(b)
+    check_run_dir(c, run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    store = Checkpoints(run_dir / "checkpoints", keep=c.checkpoint.keep)
+    latest = store.latest()
+    if latest is not None:
+        store.verify(latest)  # before anything in the folder changes
     save_config(c, run_dir)
     (run_dir / "tokenizer").mkdir(exist_ok=True)
     b.tokenizer.save(run_dir / "tokenizer")
     with contextlib.ExitStack() as stack:
-        store = Checkpoints(run_dir / "checkpoints", keep=c.checkpoint.keep)
-        latest = store.latest()
         saved = None if latest is None else {"number": latest, **store.read_extra(latest)}
         log = MetricsLog(run_dir, keep_lines=saved["metrics_lines"] if saved else 0)
         stack.callback(log.close)

@@ -5,7 +5,17 @@ import json
 
 import pytest
 
-from lnjax.config import config_hash, config_names, flat, load_config, parse, save_config, to_dict, validate
+from lnjax.config import (
+    check_run_dir,
+    config_hash,
+    config_names,
+    flat,
+    load_config,
+    parse,
+    save_config,
+    to_dict,
+    validate,
+)
 from lnjax.errors import ConfigError
 
 
@@ -66,12 +76,12 @@ def test_the_hash_changes_with_any_value_and_only_then():
 def test_a_run_folder_of_another_config_is_refused_and_says_what_differs(tmp_path):
     config = load_config("tiny_grpo")
     save_config(config, tmp_path)
-    save_config(config, tmp_path)
+    check_run_dir(config, tmp_path)
     longer = dataclasses.replace(config, grpo=dataclasses.replace(config.grpo, steps=99))
-    save_config(longer, tmp_path)  # more steps go on
+    check_run_dir(longer, tmp_path)  # more steps go on
     with pytest.raises(ConfigError, match="seed was 0, is 7"):
-        save_config(dataclasses.replace(longer, seed=7), tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["hash"] == config_hash(longer)
+        check_run_dir(dataclasses.replace(longer, seed=7), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["hash"] == config_hash(config)
 
 
 def test_every_knob_is_documented_in_help(capsys):

@@ -109,7 +109,7 @@ def test_eight_devices_give_the_same_losses(finished, tmp_path, mesh):
     run("--config", "tiny_grpo", "--run-dir", tmp_path / "many", *mesh, devices=8)
     alone, many = metrics(finished), metrics(tmp_path / "many")
     for a, b in zip(alone, many, strict=True):
-        for key in ("loss", "reward", "entropy", "mean", "completion_tokens_mean"):
+        for key in ("loss", "reward", "completion_tokens_mean"):
             if key in a:
                 assert abs(a[key] - b[key]) <= 1e-5, (a["stage"], a["step"], key)
 
@@ -171,8 +171,10 @@ def test_the_trained_weights_start_another_run(finished, tmp_path):
         ]
         out = run(*words, "same", "--sft.steps", "2").stdout
         assert "sft 2/2" in out
-    last = [x["loss"] for x in metrics(finished) if x["stage"] == "sft"][-1]
-    assert metrics(tmp_path / "hf")[0]["loss"] < last + 0.2
+    untrained = next(x["loss"] for x in metrics(finished) if x["stage"] == "sft")
+    first = [metrics(tmp_path / s.name)[0]["loss"] for s in (finished, finished / "hf")]
+    assert max(first) < untrained - 1.0
+    assert abs(first[0] - first[1]) < 0.05  # hf/ is bfloat16
 
 
 # Bad input: each one line on stderr, exit status 2, nothing changed.
@@ -250,9 +252,7 @@ def test_a_damaged_checkpoint_stops_the_resume_and_leaves_the_folder_as_it_is(ca
     before = snapshot(folder)
     words = ["--config", "tiny_grpo", "--run-dir", folder, "--grpo.steps", "12"]
     assert str(file) in fails(capfd, *words)
-    after = snapshot(folder)
-    changed = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)}
-    assert changed <= {"config.json"}
+    assert snapshot(folder) == before
 
 
 def test_another_config_does_not_touch_the_folder(capfd, damaged):

@@ -43,6 +43,8 @@ class Checkpoints:
         self._folder, self._keep = folder, keep
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._verified: set[int] = set()
+        """Their digests were checked by this object already."""
         folder.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             for left in folder.glob(f"{TEMPORARY}*"):  # of a run that was killed while it saved or deleted
@@ -100,9 +102,14 @@ class Checkpoints:
     def close(self) -> None:
         self.wait()
 
+    def verify(self, number: int) -> None:
+        """Raises CheckpointError unless every file of the checkpoint is there and unaltered."""
+        self._verify(number)
+
     def read_extra(self, number: int) -> dict[str, Any]:
         """The JSON saved with a checkpoint, digest checked."""
-        self._verify(number, only="extra.json")
+        if number not in self._verified:
+            self._verify(number, only="extra.json")
         return json.loads((self._path(number) / "extra.json").read_text(encoding="utf-8"))
 
     def restore(self, number: int, abstract: Any) -> Any:
@@ -197,6 +204,8 @@ class Checkpoints:
             raise CheckpointError(
                 f"{folder}: format {manifest.get('format')}, this version reads {FORMAT}; use the lnjax that wrote it"
             )
+        if number in self._verified:
+            return manifest
         names = sorted(files)[jax.process_index() :: jax.process_count()] if not only else [only]
         problem = ""
         with progress(f"checking {folder}", total=sum(files[n]["bytes"] for n in names), unit="B") as advance:
@@ -213,6 +222,8 @@ class Checkpoints:
                 problem = problem or ("damaged, another process found" if bad.any() else "")
         if problem:
             raise CheckpointError(f"{problem}; {fix}")
+        if not only:
+            self._verified.add(number)
         return manifest
 
 
