@@ -20,7 +20,7 @@ fi
 if command -v uv >/dev/null; then uv=(uv); else uv=(python3 -m uv); fi
 # uv reads no pip configuration: pass on the folders in which pip would look for wheels.
 links=()
-for folder in $(python3 -m pip config list 2>/dev/null | sed -n "s/.*find-links='\(.*\)'/\1/p" | tr ' ' '\n' | sort -u); do
+for folder in $({ pip config list || python3 -m pip config list; } 2>/dev/null | sed -n "s/.*find-links='\(.*\)'/\1/p" | tr ' ' '\n' | sort -u); do
   links+=(--find-links "$folder")
 done
 overrides=$(mktemp)

@@ -1,5 +1,6 @@
 """python -m lnjax.launch --config NAME [--run-dir DIR] [--dry-run] [--any.key value]"""
 
+import errno
 import sys
 
 from rich.console import Console
@@ -31,6 +32,14 @@ def main(argv: list[str]) -> int:
     except LnjaxError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"error: {error}; free space there and start again: the run resumes from its last checkpoint",
+            file=sys.stderr,
+        )
+        return LnjaxError.exit_code
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback o
 
 FORMAT = 1
 PARAMS = ("state/params/", "params/")
+SETTLE_S = 0.5
 BARRIER_MS = 600_000
 TEMPORARY = "tmp-"
 
@@ -183,8 +185,13 @@ class Checkpoints:
             shutil.rmtree(doomed)
 
     def _abandon(self, temporary: Path) -> None:
-        if jax.process_index() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+        """Remove what was written. Orbax's other writers may put files back until they have failed too."""
+        gone_since = time.monotonic()
+        while jax.process_index() == 0 and time.monotonic() - gone_since < SETTLE_S:
+            if temporary.exists():
+                shutil.rmtree(temporary, ignore_errors=True)
+                gone_since = time.monotonic()
+            time.sleep(0.02)
 
     def _path(self, number: int) -> Path:
         return self._folder / str(number)
