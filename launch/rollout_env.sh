@@ -12,7 +12,8 @@ else
 fi
 packages+=("tensorstore>=0.1.80" "ml_dtypes>=0.5" "gguf>=0.17,<1" "accelerate>=1")
 
-wanted="${packages[*]}"
+plugin=lnjax/rollout/vllm_plugin
+wanted="${packages[*]} $(sha256sum < "$plugin/pyproject.toml")"
 if [ -f "$environment/complete" ] && [ "$(cat "$environment/complete")" = "$wanted" ]; then
   exit 0
 fi
@@ -31,5 +32,5 @@ if [ "${packages[0]%%=*}" = torch ]; then
 fi
 rm -rf "$environment"
 "${uv[@]}" venv --python 3.11 "$environment"
-"${uv[@]}" pip install --python "$environment/bin/python" --compile-bytecode --override "$overrides" "${links[@]}" "${packages[@]}"
+"${uv[@]}" pip install --python "$environment/bin/python" --compile-bytecode --override "$overrides" "${links[@]}" "${packages[@]}" -e "$plugin"
 echo "$wanted" > "$environment/complete"

@@ -1,6 +1,6 @@
 """What every loop needs, built once from the config: what can fail, fails here, before any training."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,18 @@ from jax import Array
 from jax.sharding import Mesh
 
 from lnjax.checkpoint.load import load_weights, read_spec
+from lnjax.checkpoint.publish import Publisher
 from lnjax.data.tokenizer import Tokenizer, load_tokenizer
 from lnjax.errors import ConfigError
 from lnjax.mesh import make_mesh
 from lnjax.metrics import MetricsLog
 from lnjax.models.decoder import Compute, Model
-from lnjax.models.fingerprint import fingerprint
+from lnjax.models.hf import hf_config
 from lnjax.ops.select import select_ops
-from lnjax.schema import ModelConfig, RunConfig, SamplingConfig
-from lnjax.types import SamplingParams, WeightVersion
+from lnjax.rollout.embedded import EmbeddedEngine
+from lnjax.rollout.vllm import VllmEngine
+from lnjax.schema import EmbeddedConfig, ModelConfig, RunConfig, SamplingConfig, VllmConfig
+from lnjax.types import RolloutEngine, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ class Resources:
 
     log: MetricsLog
     store: Any
-    engine: Any
+    engine: RolloutEngine
     reward: Any
     streams: Mapping[str, Any]
     """Data of each stage by its name, and the held-out prompts under `eval`: read and checked before anything is written."""
@@ -90,6 +93,24 @@ def initial_params(b: Built) -> Any:
     return load_weights(b.config.model.source, spec=b.model.spec, dtype=b.param_dtype, shardings=b.model.shardings())
 
 
-def serve(b: Built, r: Resources, *, number: int, params: Any) -> None:
-    """Make the engine sample from `params` as version `number`; returns once it does."""
-    r.engine.load_weights(WeightVersion(number, fingerprint(params), ""), params)
+def build_publisher(b: Built, c: VllmConfig) -> Publisher:
+    """Where the fleet's weights are written."""
+    root = Path(c.publish_dir) if c.publish_dir else b.run_dir / "weights"
+    keep = c.keep_versions + (b.config.grpo.max_staleness if b.config.grpo else 0)
+    return Publisher(
+        root,
+        spec=b.model.spec,
+        mesh=b.mesh,
+        dtype=jnp.dtype(c.dtype),
+        keep=keep,
+        deadline_s=c.swap_deadline_s,
+    )
+
+
+def build_engine(b: Built, *, note: Callable[[str], None]) -> RolloutEngine:
+    """What the config's engine section asks for; servers start in the background."""
+    c = b.config.engine
+    if isinstance(c, EmbeddedConfig):
+        return EmbeddedEngine(b.model, c=c, key=jax.random.fold_in(b.key, KEY_ENGINE))
+    config = hf_config(b.model.spec, dtype=c.dtype)
+    return VllmEngine(c, publisher=build_publisher(b, c), model=config, run_dir=b.run_dir, note=note)

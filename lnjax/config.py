@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import tyro
 
 from lnjax.errors import ConfigError
-from lnjax.schema import RunConfig
+from lnjax.schema import RunConfig, VllmConfig
 
 MARKS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
 FREE_ON_RESUME = ("sft.steps", "grpo.steps", "checkpoint.every", "checkpoint.keep", "checkpoint.export_hf")
@@ -204,8 +204,11 @@ def validate(c: RunConfig) -> None:
         raise ConfigError("the config has neither sft nor grpo; a run needs a stage")
     if c.model.source == "random" and c.model.tokenizer == "same":
         raise ConfigError("model.source=random brings no tokenizer; set model.tokenizer")
-    _positive(c, {"engine.num_slots", "engine.max_len", "engine.decode_chunk", "engine.prefill_rows"})
-    _positive(c, {"engine.prefill_multiple", "reward.num_workers", "reward.deadline_s", "checkpoint.keep"})
+    _positive(c, {"engine.max_len", "reward.num_workers", "reward.deadline_s", "checkpoint.keep"})
+    if isinstance(c.engine, VllmConfig):
+        _validate_vllm(c, c.engine)
+    else:
+        _positive(c, {"engine.num_slots", "engine.decode_chunk", "engine.prefill_rows", "engine.prefill_multiple"})
     if c.sft:
         _positive(c, {"sft.steps", "sft.batch_rows", "sft.pack.row_tokens", "sft.pack.microbatch_rows"})
         _positive(c, {"sft.pack.max_segments", "sft.optimizer.learning_rate"})
@@ -220,6 +223,20 @@ def validate(c: RunConfig) -> None:
         _sampling("eval.sampling", c.eval.sampling)
 
 
+def _validate_vllm(c: RunConfig, e: VllmConfig) -> None:
+    _positive(c, {"engine.tensor_parallel", "engine.max_sequences", "engine.keep_versions", "engine.max_restarts"})
+    _positive(c, {f"engine.{name}_deadline_s" for name in ("start", "swap", "request", "probe")})
+    if bool(e.addresses) == bool(e.num_servers):
+        raise ConfigError(
+            f"engine.num_servers={e.num_servers} with {len(e.addresses)} engine.addresses; either start servers here "
+            "(num_servers) or attach to running ones (addresses, num_servers 0)"
+        )
+    if e.addresses and not e.publish_dir:
+        raise ConfigError("engine.publish_dir is needed with engine.addresses: the folder their servers were given")
+    if e.parity_limit <= 1:
+        raise ConfigError(f"engine.parity_limit={e.parity_limit} must be above 1, which is exact agreement")
+
+
 def _validate_grpo(c: RunConfig) -> None:
     g = c.grpo
     assert g
@@ -227,6 +244,11 @@ def _validate_grpo(c: RunConfig) -> None:
     _positive(c, {"grpo.pack.row_tokens", "grpo.pack.microbatch_rows", "grpo.pack.max_segments"})
     _positive(c, {"grpo.optimizer.learning_rate", "grpo.sampling.temperature"})
     _divides("grpo.updates_per_step", g.updates_per_step, "grpo.prompts_per_step", g.prompts_per_step)
+    if g.max_staleness < 0 or (g.max_staleness > 0 and g.loss.importance_cap <= 0):
+        raise ConfigError(
+            f"grpo.max_staleness={g.max_staleness}, grpo.loss.importance_cap={g.loss.importance_cap:g}; stale tokens need a "
+            "positive cap on their importance weights (2 is usual)"
+        )
     if g.samples_per_prompt < 2:
         raise ConfigError("grpo.samples_per_prompt must be at least 2: advantages compare the samples of a prompt")
     longest = g.prompts.max_prompt_tokens + g.sampling.max_new_tokens

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from lnjax.build import Built, Resources, serve
+from lnjax.build import Built, Resources
 from lnjax.score import score_groups
 
 EVAL_SEED = 2**31  # apart from every rl_step
@@ -29,7 +29,7 @@ def evaluate(b: Built, r: Resources, *, after: str, step: int, params: object) -
     if c is None:
         return None
     with r.log.phase("evaluate"):
-        serve(b, r, number=step, params=params)
+        r.engine.load_weights(step, params)
         prompts = r.streams["eval"].prompts
         completions = r.engine.generate(
             prompts, num_samples=c.num_samples, sampling=b.sampling(c.sampling), seed=EVAL_SEED

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lnjax.build import KEY_STATE, Built, Resources, serve
+from lnjax.build import KEY_STATE, Built, Resources
 from lnjax.data.packing import microbatches, pack
 from lnjax.data.streams import PromptStream, build_prompt_stream
 from lnjax.health import check_update
@@ -65,7 +65,7 @@ def run(b: Built, r: Resources, c: GrpoConfig, *, stage: Stage, start: Position)
     updates = start.updates + start.step * c.updates_per_step
     if start.step < c.steps:
         with r.log.phase("publish"):
-            serve(b, r, number=updates, params=state.params)
+            r.engine.load_weights(updates, state.params)
     for rl_step in range(start.step + 1, c.steps + 1):
         # 1 sample: P prompts x G completions; every token carries its weight version
         asked = prompts.take(c.prompts_per_step)
@@ -101,7 +101,7 @@ def run(b: Built, r: Resources, c: GrpoConfig, *, stage: Stage, start: Position)
         check_update("grpo", rl_step, values, max_skipped_in_a_row=c.optimizer.max_skipped_in_a_row)
         # 6 publish: returns once the engine serves these weights, else raises
         with r.log.phase("publish"):
-            serve(b, r, number=updates, params=state.params)
+            r.engine.load_weights(updates, state.params)
         r.log.log("grpo", step=rl_step, values=values, total_steps=c.steps)
         # 7 keep
         if stage.due(rl_step) or rl_step == c.steps:

@@ -180,6 +180,59 @@ class EmbeddedConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VllmConfig:
+    """A fleet of vLLM servers, started and watched here or already running elsewhere."""
+
+    max_len: int = 1024
+    """Prompt plus completion, in tokens."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Published weights, and weights, activations and KV cache of the servers."""
+    quantization: Literal["none", "fp8"] = "none"
+    """`fp8`: the servers quantise each published version as they load it (GPU only)."""
+    num_servers: int = 1
+    """Started on this host. 0 where `addresses` are given."""
+    addresses: tuple[str, ...] = ()
+    """`http://host:port` of servers that launch/serve.sh started; they read the same publish folder."""
+    tensor_parallel: int = 1
+    """Ranks of one server."""
+    gpus: tuple[int, ...] = ()
+    """GPUs of this host that its servers share out, tensor_parallel each; empty: the first ones."""
+    max_sequences: int = 256
+    """Sequences a server decodes at once."""
+    gpu_memory: float = 0.9
+    """Share of a GPU's memory that a server takes."""
+    cpu_cache_gib: int = 1
+    """KV cache of a server on a CPU machine, in GiB."""
+    environment: str = ".venv-rollout"
+    """Virtual environment with vLLM and the plugin (launch/rollout_env.sh)."""
+    host: str = "127.0.0.1"
+    """Address that local servers bind to. Every route but /health asks for the bearer key."""
+    publish_dir: str = ""
+    """Folder of the published versions, on a file system that all servers see; empty: RUN_DIR/weights."""
+    keep_versions: int = 2
+    """Newest versions kept; one that a server reads stays longer."""
+    swap: Literal["together", "rolling"] = "together"
+    """All servers change weights at once, or one after the other."""
+    start_deadline_s: float = 900.0
+    """From the start of a server to its first answer."""
+    swap_deadline_s: float = 600.0
+    """One server's change of weights."""
+    request_deadline_s: float = 1800.0
+    """One prompt's completions."""
+    probe_deadline_s: float = 30.0
+    """A server that does not answer a probe for so long is taken for hung and started again."""
+    max_restarts: int = 20
+    """A server that needs more is dropped; without any server the run stops."""
+    parity_samples: int = 4
+    """Completions a step whose logprobs the learner computes again, under the weights that produced each token."""
+    parity_limit: float = 1.05
+    """The run stops when the mean over their tokens of exp|learner - server logprob| is above this."""
+
+
+EngineConfig = EmbeddedConfig | VllmConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RewardConfig:
     num_workers: int = 2
     """Processes that run verifiers."""
@@ -288,6 +341,9 @@ class GrpoConfig:
     """Cycles of sample, score, update, publish."""
     updates_per_step: int = 1
     """Optimizer updates a cycle; the rollouts are split into this many batches."""
+    max_staleness: int = 0
+    """Steps by which the weights that sampled a token may be behind the learner. 0: sample, then update; N: sampling goes
+    on during N updates (loss.importance_cap must then be positive)."""
     sampling: SamplingConfig
     advantage: AdvantageConfig = AdvantageConfig()
     loss: GrpoLossConfig = GrpoLossConfig()
@@ -305,7 +361,7 @@ class RunConfig:
     model: ModelConfig
     mesh: MeshConfig = MeshConfig()
     ops: OpsConfig = OpsConfig()
-    engine: EmbeddedConfig = EmbeddedConfig()
+    engine: EngineConfig = EmbeddedConfig()
     """What samples, for GRPO and for evaluation."""
     reward: RewardConfig = RewardConfig()
     """What scores, for GRPO and for evaluation."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lnjax import grpo, sft
-from lnjax.build import KEY_ENGINE, Built, Resources, build, initial_params
+from lnjax.build import Built, Resources, build, build_engine, initial_params
 from lnjax.checkpoint.hf import save_hf
 from lnjax.checkpoint.store import Checkpoints
 from lnjax.config import check_run_dir, config_hash, save_config
@@ -20,7 +20,6 @@ from lnjax.metrics import MetricsLog, peak_memory_bytes, write_json
 from lnjax.models.hf import hf_config
 from lnjax.report import plot_run
 from lnjax.rewards.pool import build_reward
-from lnjax.rollout.embedded import EmbeddedEngine
 from lnjax.schema import RunConfig
 from lnjax.stage import Position, Stage
 
@@ -68,7 +67,7 @@ def run(c: RunConfig, run_dir: Path) -> dict[str, Any]:
         log = MetricsLog(run_dir, keep_lines=saved["metrics_lines"] if saved else 0)
         stack.callback(log.close)
         stack.callback(store.close)
-        engine = EmbeddedEngine(b.model, c=c.engine, key=jax.random.fold_in(b.key, KEY_ENGINE))
+        engine = build_engine(b, note=log.note)
         stack.callback(engine.close)
         reward = stack.enter_context(build_reward(c.reward))
         if saved:
@@ -78,7 +77,7 @@ def run(c: RunConfig, run_dir: Path) -> dict[str, Any]:
         store.wait()
         if c.checkpoint.export_hf:
             _export(b, params)
-        summary = _summarize(b, log, evals)
+        summary = _summarize(b, log, evals) | engine.report()
     write_json(run_dir / "summary.json", summary)
     plot_run(run_dir)
     return summary

@@ -37,9 +37,14 @@ class WeightVersion:
     number: int
     """The learner's optimizer step that produced them."""
     digest: str
-    """Hex fingerprint of the tensors."""
+    """Hex digest of the tensors."""
     path: str
     """Folder of the published checkpoint; empty for an engine inside the learner's process."""
+
+    @property
+    def label(self) -> str:
+        """How a server names it on every span of tokens."""
+        return f"{self.number}:{self.digest}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,14 +190,21 @@ class SamplingParams:
 class RolloutEngine(Protocol):
     """Collective: every process calls, every process gets the same result."""
 
-    def load_weights(self, version: WeightVersion, params: Any) -> None:
-        """Serve `params` as `version` from the next token on; returns once every replica does, else raises."""
+    def load_weights(self, number: int, params: Any) -> WeightVersion:
+        """Serve `params` as version `number` from the next token on; returns once every replica does, else raises."""
         ...
 
     def generate(
         self, prompts: list[Prompt], *, num_samples: int, sampling: SamplingParams, seed: int
     ) -> list[list[Completion]]:
-        """P x G completions, in order. The same (seed, prompt index, sample index) gives the same tokens."""
+        """P x G completions, in order. The same (seed, prompt id, sample index) gives the same tokens.
+
+        May run in another thread than `load_weights`.
+        """
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """Totals for summary.json, by section."""
         ...
 
     def close(self) -> None: ...

@@ -73,7 +73,7 @@ class Checkpoints:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir()
                 (temporary / "extra.json").write_text(body + "\n", encoding="utf-8")
-            _barrier(f"begin {number}")
+            barrier(f"begin {number}")
             pending = ocp.save_pytree_async(temporary / "arrays", flat)
         except Exception as error:
             self._failure = error
@@ -158,10 +158,10 @@ class Checkpoints:
     def _finish(self, number: int, temporary: Path, pending: Any, arrays: Mapping[str, Any]) -> None:
         try:
             pending.result()
-            _barrier(f"written {number}")
+            barrier(f"written {number}")
             if jax.process_index() == 0:
                 self._commit(number, temporary, arrays)
-            _barrier(f"committed {number}")
+            barrier(f"committed {number}")
         except BaseException as error:  # raised to the caller by wait()
             self._failure = error
             self._abandon(temporary)
@@ -303,7 +303,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _barrier(name: str) -> None:
+def barrier(name: str) -> None:
     """All processes, through the coordination service (never a device program: this may run beside the learner)."""
     if jax.process_count() > 1:
         multihost.get_barrier_sync_fn()(key=f"lnjax checkpoint {name}", timeout_ms=BARRIER_MS)

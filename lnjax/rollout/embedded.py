@@ -8,6 +8,7 @@ compiles again. A sample depends on (seed, prompt id, sample index) alone, whate
 
 import dataclasses
 import functools
+import threading
 import zlib
 from collections import deque
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lnjax.errors import RolloutError
 from lnjax.mesh import check_divisible, constrain, put_rows, sharding
 from lnjax.models.decoder import Model, Params, rope_tables
+from lnjax.models.fingerprint import fingerprint
 from lnjax.ops.attention import attend_cached
 from lnjax.ops.sample import sample
 from lnjax.schema import EmbeddedConfig
@@ -78,6 +80,7 @@ class EmbeddedEngine:
         for name, rows in (("engine.num_slots", c.num_slots), ("engine.prefill_rows", c.prefill_rows)):
             check_divisible(self._mesh, name=name, shape=(rows,), logical=("batch",))
         self._version: WeightVersion | None = None
+        self._lock, self._swaps = threading.Lock(), 0
         self._weights: Params = None
         self._cache: Layers | None = None
         self._load = jax.jit(self._cast, out_shardings=self._model.unstacked_shardings())
@@ -85,9 +88,17 @@ class EmbeddedEngine:
         self._admit = jax.jit(self._run_admit, donate_argnums=(0,))
         self._decode = jax.jit(self._run_decode, static_argnames=("window", "sampling"), donate_argnums=(1,))
 
-    def load_weights(self, version: WeightVersion, params: Params) -> None:
-        """Copy `params` (gathered over fsdp, cast) and stamp later tokens with `version`."""
-        self._weights, self._version = self._load(params), version
+    def load_weights(self, number: int, params: Params) -> WeightVersion:
+        """Copy `params` (gathered over fsdp, cast) and stamp later tokens with `number`. Waits for a running `generate`."""
+        version = WeightVersion(number, fingerprint(params), "")
+        weights = self._load(params)
+        with self._lock:
+            self._weights, self._version = weights, version
+        self._swaps += 1
+        return version
+
+    def report(self) -> dict[str, Any]:
+        return {"sync": {"swaps": self._swaps}}
 
     def close(self) -> None:
         self._weights = self._cache = None
@@ -112,8 +123,9 @@ class EmbeddedEngine:
                     f"{need}, the cache holds {self._c.max_len}; raise --engine.max-len or shorten the prompt"
                 )
         batch = [[Sequence(i, j) for j in range(num_samples)] for i in range(len(prompts))]
-        self._drain(prompts, batch, sampling, seed)
-        number = self._version.number
+        with self._lock:
+            self._drain(prompts, batch, sampling, seed)
+            number = self._version.number
         return [
             [
                 Completion(

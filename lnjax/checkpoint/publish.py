@@ -1,0 +1,408 @@
+"""Policy versions for rollout servers: each one an Orbax checkpoint in Hugging Face names, written once, then committed.
+
+    weights/7/state/NAME/i.0     chunk i of a tensor: raw bytes, a whole number of tensor-parallel slices
+    weights/7/state/NAME/.zarray  shape, dtype, chunks: any Orbax or tensorstore reads the folder
+    weights/7/manifest.json      SHA-256 of every chunk, and the digest over all of them
+    weights/7/COMMITTED          the digest; a reader takes a folder without it for absent
+
+A matrix is cut along the dim that tensor parallelism splits, so a rank reads whole files and no others. A chunk that did
+not change since the last version is a hard link to it (the delta form): nothing to reconstruct, and a version can go
+without breaking its followers. The bytes of the last version stay in host memory, so that damage can be repaired.
+"""
+
+import concurrent.futures
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lnjax.checkpoint.store import barrier
+from lnjax.errors import CheckpointError
+from lnjax.models.hf import TensorMap, tensor_map
+from lnjax.schema import ModelSpec
+from lnjax.types import WeightVersion
+
+FORMAT = 1
+PARTS = 8
+"""Chunks of a matrix where its dim divides: as many as the widest tensor parallelism that reads whole chunks."""
+MARKER, MANIFEST = "COMMITTED", "manifest.json"
+TEMPORARY = "tmp-"
+WRITERS = 4
+RETRY_S = 0.5
+
+Chunk = tuple[str, int]
+"""(tensor, part)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a tensor is cut."""
+
+    shape: tuple[int, ...]
+    axis: int
+    parts: int
+
+    def file(self, part: int) -> str:
+        return ".".join(str(part if dim == self.axis else 0) for dim in range(len(self.shape)))
+
+    @property
+    def chunk_shape(self) -> tuple[int, ...]:
+        return tuple(s // self.parts if i == self.axis else s for i, s in enumerate(self.shape))
+
+
+@dataclass(slots=True)
+class PublishStats:
+    """Since the start of the process that counts."""
+
+    versions: int = 0
+    num_bytes: int = 0
+    """Size of the published tensors."""
+    bytes_written: int = 0
+    """Of them, chunks that were not links to the version before."""
+    seconds: float = 0.0
+    repaired: int = 0
+    """Chunks, markers and manifests found damaged and written again."""
+
+
+def layout_of(name: str, shape: tuple[int, ...]) -> Layout:
+    """Row-parallel matrices (o_proj, down_proj) are cut along their inputs, the others along their outputs."""
+    axis = 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
+    return Layout(shape, axis, math.gcd(shape[axis], PARTS) if len(shape) > 1 else 1)
+
+
+class Publisher:
+    """Writes versions under `root`, keeps the last `keep` and any that a server reads."""
+
+    def __init__(self, root: Path, *, spec: ModelSpec, mesh: Mesh, dtype: Any, keep: int, deadline_s: float):
+        self.root = root.absolute()
+        self.stats = PublishStats()
+        self._entries, self._mesh, self._dtype = tensor_map(spec), mesh, np.dtype(dtype)
+        self._keep, self._deadline_s = keep, deadline_s
+        self._layouts = {n: layout_of(n, e.tensor_shape) for e in self._entries for n in e.names}
+        self._programs: dict[Any, Any] = {}
+        self._last: WeightVersion | None = None
+        self._chunks: dict[Chunk, np.ndarray] = {}
+        self._hashes: dict[Chunk, str] = {}
+        self._lock = threading.RLock()
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._clear()
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of one version."""
+        return sum(math.prod(x.shape) for x in self._layouts.values()) * self._dtype.itemsize
+
+    def publish(self, number: int, params: Any) -> WeightVersion:
+        """Write and commit `params` as version `number`. Collective. The same number and tensors again write nothing.
+
+        Raises CheckpointError when the disk stays full for `deadline_s`, or `number` was other weights before.
+        """
+        start = time.monotonic()
+        with self._lock:
+            chunks = dict(self._to_host(params))
+            with concurrent.futures.ThreadPoolExecutor(WRITERS) as pool:
+                hashes = dict(zip(chunks, pool.map(_sha256, chunks.values()), strict=True))
+            temporary = self.root / f"{TEMPORARY}{number}"
+            hashes = self._gather_hashes(temporary, hashes)
+            digest = digest_of(hashes)
+            version = WeightVersion(number, digest, str(self.root / str(number)))
+            if self._last and self._last.number == number:
+                if self._last.digest != digest:
+                    raise CheckpointError(
+                        f"{version.path}: version {number} was published with digest {self._last.digest}, now it would "
+                        f"be {digest}; every policy needs its own number"
+                    )
+                return self._last
+            written = self._retry(lambda: self._write(temporary, version, chunks, hashes))
+            self._last, self._chunks, self._hashes = version, chunks, hashes
+            self._prune()
+            self.stats.versions += 1
+            self.stats.num_bytes += self.num_bytes
+            self.stats.bytes_written += written
+            self.stats.seconds += time.monotonic() - start
+            return version
+
+    def repair(self, version: WeightVersion) -> list[str]:
+        """Write again what is missing or altered in the last version's folder; what that was. [] when it is whole."""
+        with self._lock:
+            if self._last is None or version.number != self._last.number:
+                raise CheckpointError(f"{version.path}: only the last version can be repaired; publish again")
+            return self._retry(self._repair)
+
+    def read(self, number: int) -> Iterator[tuple[str, np.ndarray]]:
+        """(name, tensor) of a version that is still there, digests checked. Raises CheckpointError."""
+        folder = self.root / str(number)
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder}: version {number} cannot be read ({error})") from error
+        for name, layout in self._layouts.items():
+            parts = []
+            for part in range(layout.parts):
+                path = folder / "state" / name / layout.file(part)
+                data = path.read_bytes() if path.exists() else b""
+                if hashlib.sha256(data).hexdigest() != manifest["tensors"][name]["sha256"][part]:
+                    raise CheckpointError(f"{path}: altered, truncated or missing")
+                parts.append(np.frombuffer(data, self._dtype).reshape(layout.chunk_shape))
+            yield name, np.concatenate(parts, axis=layout.axis)
+
+    # To the host.
+
+    def _to_host(self, params: Any) -> Iterator[tuple[Chunk, np.ndarray]]:
+        """The chunks that this process writes."""
+        converted = []
+        for entry in self._entries:
+            value = params
+            for key in entry.path:
+                value = value[key]
+            converted.append((entry, self._program(entry)(value)))  # all dispatched before the first is waited for
+        for entry, array in converted:
+            array.copy_to_host_async()
+        for entry, array in converted:
+            layout = self._layouts[entry.names[0]]
+            size = layout.shape[layout.axis] // layout.parts
+            for shard in array.addressable_shards:
+                where = shard.index[1 + layout.axis]
+                first, copies = (where.start or 0), len(array.global_shards) // _num_places(array)
+                data = np.asarray(shard.data)
+                for i, name in enumerate(entry.names):
+                    if i % copies != shard.replica_id:
+                        continue
+                    for j in range(data.shape[1 + layout.axis] // size):
+                        part = data[i].take(range(j * size, (j + 1) * size), layout.axis) if layout.axis else None
+                        yield (name, first // size + j), data[i][j * size : (j + 1) * size] if part is None else part
+
+    def _program(self, entry: TensorMap) -> Any:
+        """jit: our parameter -> [layers, *HF shape] in the published dtype, cut over devices where chunks allow."""
+        layout = self._layouts[entry.names[0]]
+        key = (entry.stacked, entry.transposed, layout.axis, layout.parts)
+        if key not in self._programs:
+            axes, share = [], 1
+            for axis in ("tensor", "fsdp", "data"):
+                if layout.parts % (share * self._mesh.shape[axis]) == 0:
+                    axes.append(axis)
+                    share *= self._mesh.shape[axis]
+            dims = [None] * (1 + len(layout.shape))
+            dims[1 + layout.axis] = tuple(axes)
+
+            def convert(x: jax.Array) -> jax.Array:
+                x = x if entry.stacked else x[None]
+                return (x.swapaxes(1, 2) if entry.transposed else x).astype(self._dtype)
+
+            self._programs[key] = jax.jit(convert, out_shardings=NamedSharding(self._mesh, PartitionSpec(*dims)))
+        return self._programs[key]
+
+    # To the disk.
+
+    def _gather_hashes(self, temporary: Path, mine: dict[Chunk, str]) -> dict[Chunk, str]:
+        """Of all processes, through the folder (never a device program: servers may sample meanwhile)."""
+        if jax.process_count() == 1:
+            return mine
+        if jax.process_index() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        barrier(f"publish {temporary.name}")
+        rows = [[name, part, value] for (name, part), value in mine.items()]
+        (temporary / f"part-{jax.process_index()}.json").write_text(json.dumps(rows), encoding="utf-8")
+        barrier(f"hashed {temporary.name}")
+        everyone = {}
+        for i in range(jax.process_count()):
+            for name, part, value in json.loads((temporary / f"part-{i}.json").read_text(encoding="utf-8")):
+                everyone[name, part] = value
+        return everyone
+
+    def _write(
+        self, temporary: Path, version: WeightVersion, chunks: dict[Chunk, np.ndarray], hashes: dict[Chunk, str]
+    ) -> int:
+        """Bytes written by this process, links apart."""
+        leader = jax.process_index() == 0
+        if leader:
+            if jax.process_count() == 1:
+                shutil.rmtree(temporary, ignore_errors=True)
+            for name in self._layouts:
+                (temporary / "state" / name).mkdir(parents=True, exist_ok=True)
+        barrier(f"made {temporary.name}")
+        with concurrent.futures.ThreadPoolExecutor(WRITERS) as pool:
+            tasks = [pool.submit(self._write_chunk, temporary, key, data, hashes) for key, data in chunks.items()]
+            written = sum(task.result() for task in tasks)
+        barrier(f"filled {temporary.name}")
+        if leader:
+            for file in temporary.glob("part-*.json"):
+                file.unlink()
+            self._describe(temporary, version, hashes)
+            folder = Path(version.path)
+            if folder.exists():  # of a policy that a restarted run had published
+                shutil.rmtree(folder)
+            os.replace(temporary, folder)
+        barrier(f"committed {temporary.name}")
+        return written
+
+    def _write_chunk(self, folder: Path, key: Chunk, data: np.ndarray, hashes: Mapping[Chunk, str]) -> int:
+        name, part = key
+        path = folder / "state" / name / self._layouts[name].file(part)
+        if self._last and self._hashes.get(key) == hashes[key]:
+            before = Path(self._last.path) / "state" / name / path.name
+            try:
+                if before.stat().st_size == data.nbytes:
+                    os.link(before, path)
+                    return 0
+            except OSError:
+                pass  # it went away, or the file system has no links: write it
+        with open(path, "wb", buffering=0) as file:
+            view = memoryview(np.ascontiguousarray(data).view(np.uint8).reshape(-1))
+            while view:
+                view = view[file.write(view) :]
+        return data.nbytes
+
+    def _describe(self, folder: Path, version: WeightVersion, hashes: Mapping[Chunk, str]) -> None:
+        """Everything but the chunks; the marker last."""
+        kind = {"float32": "<f4", "bfloat16": "bfloat16"}[str(self._dtype)]
+        tree = {}
+        for name, layout in self._layouts.items():
+            zarray = {
+                "chunks": list(layout.chunk_shape),
+                "compressor": None,
+                "dimension_separator": ".",
+                "dtype": kind,
+                "fill_value": None,
+                "filters": None,
+                "order": "C",
+                "shape": list(layout.shape),
+                "zarr_format": 2,
+            }
+            _write_text(folder / "state" / name / ".zarray", json.dumps(zarray))
+            tree[str((name,))] = {
+                "key_metadata": [{"key": name, "key_type": 2}],
+                "value_metadata": {
+                    "value_type": "jax.Array",
+                    "skip_deserialize": False,
+                    "write_shape": list(layout.shape),
+                },
+            }
+        metadata = {
+            "tree_metadata": tree,
+            "use_ocdbt": False,
+            "use_zarr3": False,
+            "store_array_data_equal_to_fill_value": True,
+            "custom_metadata": None,
+        }
+        _write_text(folder / "state" / "_METADATA", json.dumps(metadata))
+        handlers = {"state": "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"}
+        _write_text(folder / "_CHECKPOINT_METADATA", json.dumps({"item_handlers": handlers, "custom_metadata": {}}))
+        _write_text(folder / "orbax.checkpoint", "")
+        _write_text(folder / MANIFEST, self._manifest(version, hashes))
+        _write_text(folder / MARKER, version.digest + "\n")
+
+    def _manifest(self, version: WeightVersion, hashes: Mapping[Chunk, str]) -> str:
+        tensors = {
+            name: {
+                "shape": list(x.shape),
+                "axis": x.axis,
+                "parts": x.parts,
+                "sha256": [hashes[name, i] for i in range(x.parts)],
+            }
+            for name, x in self._layouts.items()
+        }
+        body = {"format": FORMAT, "number": version.number, "digest": version.digest, "dtype": str(self._dtype)}
+        return json.dumps(body | {"tensors": tensors})
+
+    def _repair(self) -> list[str]:
+        assert self._last
+        folder, found = Path(self._last.path), []
+        folder.mkdir(exist_ok=True)
+        for (name, part), data in self._chunks.items():
+            path = folder / "state" / name / self._layouts[name].file(part)
+            if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != self._hashes[name, part]:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                whole = path.with_name(path.name + ".new")
+                whole.write_bytes(np.ascontiguousarray(data).view(np.uint8).tobytes())
+                os.replace(whole, path)
+                found.append(f"{name} part {part}")
+        manifest = self._manifest(self._last, self._hashes)
+        for file, text in ((MANIFEST, manifest), (MARKER, self._last.digest + "\n")):
+            path = folder / file
+            if not path.exists() or path.read_text(encoding="utf-8", errors="replace") != text:
+                found.append(file)
+        if found:
+            self._describe(folder, self._last, self._hashes)
+        self.stats.repaired += len(found)
+        return found
+
+    def _retry(self, action: Any) -> Any:
+        """Once more while the disk is full, until the deadline."""
+        start = time.monotonic()
+        while True:
+            try:
+                return action()
+            except OSError as error:
+                for left in self.root.glob(f"{TEMPORARY}*"):
+                    shutil.rmtree(left, ignore_errors=True)
+                self._prune()
+                if jax.process_count() > 1 or time.monotonic() - start > self._deadline_s:
+                    raise CheckpointError(
+                        f"{self.root}: the weights could not be published for {time.monotonic() - start:.0f} s "
+                        f"({error}); free space there or set --engine.publish-dir"
+                    ) from error
+                time.sleep(RETRY_S)
+
+    def _prune(self) -> None:
+        """Delete versions before the last `keep`, but none that a server holds its lock on."""
+        if jax.process_index() != 0:
+            return
+        numbers = sorted(int(p.name) for p in self.root.iterdir() if p.name.isdigit())
+        for number in numbers[: -self._keep]:
+            self._remove(self.root / str(number))
+
+    def _clear(self) -> None:
+        """What an earlier process left: nobody is to load it."""
+        if jax.process_index() == 0:
+            for folder in self.root.iterdir():
+                if folder.name.isdigit() or folder.name.startswith(TEMPORARY):
+                    self._remove(folder)
+        barrier("publisher ready")
+
+    def _remove(self, folder: Path) -> None:
+        try:
+            with open(folder / MANIFEST, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return  # a server reads it; its turn comes with a later version
+        except FileNotFoundError:
+            pass
+        doomed = self.root / f"{TEMPORARY}old-{folder.name}"
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def digest_of(hashes: Mapping[Chunk, str]) -> str:
+    """SHA-256 over names and the SHA-256 of their chunks: what a version's digest is."""
+    lines = "\n".join(f"{name} {part} {value}" for (name, part), value in sorted(hashes.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _num_places(array: jax.Array) -> int:
+    """Distinct parts that the devices hold."""
+    return len({str(s.index) for s in array.global_shards})
+
+
+def _sha256(data: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(data).view(np.uint8)).hexdigest()
+
+
+def _write_text(path: Path, text: str) -> None:
+    whole = path.with_name(path.name + ".new")
+    whole.write_text(text, encoding="utf-8")
+    os.replace(whole, path)
