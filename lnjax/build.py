@@ -1,7 +1,7 @@
 """What every loop needs, built once from the config: what can fail, fails here, before any training."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from lnjax.models.hf import hf_config
 from lnjax.ops.select import select_ops
 from lnjax.rollout.embedded import EmbeddedEngine
 from lnjax.rollout.vllm import VllmEngine
-from lnjax.schema import EmbeddedConfig, ModelConfig, RunConfig, SamplingConfig, VllmConfig
+from lnjax.schema import EmbeddedConfig, ModelConfig, RunConfig, SamplingConfig
 from lnjax.types import RolloutEngine, SamplingParams
 
 
@@ -53,8 +53,12 @@ class Resources:
     store: Any
     engine: RolloutEngine
     reward: Any
+    publisher: Publisher | None
+    """Where a fleet's weights are written; None for an engine in this process."""
     streams: Mapping[str, Any]
     """Data of each stage by its name, and the held-out prompts under `eval`: read and checked before anything is written."""
+    parity: dict[str, float] = field(default_factory=dict)
+    """Agreement of servers and learner over the whole process, for summary.json."""
 
 
 KEY_INIT, KEY_ENGINE, KEY_STATE = range(3)
@@ -93,24 +97,18 @@ def initial_params(b: Built) -> Any:
     return load_weights(b.config.model.source, spec=b.model.spec, dtype=b.param_dtype, shardings=b.model.shardings())
 
 
-def build_publisher(b: Built, c: VllmConfig) -> Publisher:
-    """Where the fleet's weights are written."""
-    root = Path(c.publish_dir) if c.publish_dir else b.run_dir / "weights"
-    keep = c.keep_versions + (b.config.grpo.max_staleness if b.config.grpo else 0)
-    return Publisher(
-        root,
+def build_engine(b: Built, *, note: Callable[[str], None]) -> tuple[RolloutEngine, Publisher | None]:
+    """What the config's engine section asks for, and where its weights are written. Servers start in the background."""
+    c = b.config.engine
+    if isinstance(c, EmbeddedConfig):
+        return EmbeddedEngine(b.model, c=c, key=jax.random.fold_in(b.key, KEY_ENGINE)), None
+    publisher = Publisher(
+        Path(c.publish_dir) if c.publish_dir else b.run_dir / "weights",
         spec=b.model.spec,
         mesh=b.mesh,
         dtype=jnp.dtype(c.dtype),
-        keep=keep,
+        keep=c.keep_versions + (b.config.grpo.max_staleness if b.config.grpo else 0),
         deadline_s=c.swap_deadline_s,
     )
-
-
-def build_engine(b: Built, *, note: Callable[[str], None]) -> RolloutEngine:
-    """What the config's engine section asks for; servers start in the background."""
-    c = b.config.engine
-    if isinstance(c, EmbeddedConfig):
-        return EmbeddedEngine(b.model, c=c, key=jax.random.fold_in(b.key, KEY_ENGINE))
     config = hf_config(b.model.spec, dtype=c.dtype)
-    return VllmEngine(c, publisher=build_publisher(b, c), model=config, run_dir=b.run_dir, note=note)
+    return VllmEngine(c, publisher=publisher, model=config, run_dir=b.run_dir, note=note), publisher

@@ -1,7 +1,9 @@
 """Group-relative policy optimization: sample, score, credit, pack, update, publish, keep."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,13 +13,15 @@ import numpy as np
 from lnjax.build import KEY_STATE, Built, Resources
 from lnjax.data.packing import microbatches, pack
 from lnjax.data.streams import PromptStream, build_prompt_stream
+from lnjax.errors import RolloutError
 from lnjax.health import check_update
 from lnjax.learn.advantage import group_advantages, loss_weight
 from lnjax.learn.loss import LossSum, grpo_loss
 from lnjax.learn.update import Updater
 from lnjax.mesh import put_rows
+from lnjax.parity import Parity
 from lnjax.schema import GrpoConfig
-from lnjax.score import score_groups
+from lnjax.source import RolloutSource
 from lnjax.stage import Position, Stage
 from lnjax.types import RlBatch, RolloutGroup, Sample
 
@@ -50,7 +54,8 @@ def build_updater(b: Built, c: GrpoConfig) -> Updater:
 def run(b: Built, r: Resources, c: GrpoConfig, *, stage: Stage, start: Position) -> Any:
     """Train until `c.steps`; returns the parameters. Continues where `start` says."""
     updater, prompts = build_updater(b, c), r.streams["grpo"]
-    logprobs = jax.jit(_logprobs_program(b, c))
+    score = jax.jit(_logprobs_program(b), static_argnames="temperature")
+    logprobs, parity = partial(score, temperature=c.sampling.temperature), Parity(b, r, c, logprobs=score)
     reference = None
     if start.saved is None:
         params = start.params()
@@ -66,46 +71,43 @@ def run(b: Built, r: Resources, c: GrpoConfig, *, stage: Stage, start: Position)
     if start.step < c.steps:
         with r.log.phase("publish"):
             r.engine.load_weights(updates, state.params)
-    for rl_step in range(start.step + 1, c.steps + 1):
-        # 1 sample: P prompts x G completions; every token carries its weight version
-        asked = prompts.take(c.prompts_per_step)
-        with r.log.phase("sample"):
-            completions_PG = r.engine.generate(
-                asked, num_samples=c.samples_per_prompt, sampling=b.sampling(c.sampling), seed=rl_step
-            )
-        # 2 score: text in, float out; an unfinished completion scores 0
-        with r.log.phase("score"):
-            groups = score_groups(asked, completions_PG, tokenizer=b.tokenizer, reward=r.reward)
-        # 3 credit, 4 pack: one scalar per rollout inside its group; static shapes
-        with r.log.phase("pack"):
-            size = len(groups) // c.updates_per_step
-            parts = [credit(groups[i * size : (i + 1) * size], c=c) for i in range(c.updates_per_step)]
-            batches = [put_rows(b.mesh, pack_part(part, c=c, first=i == 0)) for i, part in enumerate(parts)]
-        # old and reference logprobs before any update, where they are needed
-        with r.log.phase("logprobs"):
-            for i, batch in enumerate(batches):
-                if i > 0:
-                    batches[i] = batch = _fill(batch, "old_logprobs_BT", logprobs, state.params)
-                if reference is not None:
-                    batches[i] = _fill(batch, "ref_logprobs_BT", logprobs, reference)
-        # 5 update: the only place parameters change
-        with r.log.phase("update"):
-            stats = []
-            for batch in batches:
-                state, values = updater.update(state, batch)
-                stats.append(values)
-            values = _combine(jax.device_get(stats))
-            updates += len(batches)
-        values |= _describe(groups)
-        values["update_tokens"] = sum(len(s.token_ids) for part in parts for s in part)
-        check_update("grpo", rl_step, values, max_skipped_in_a_row=c.optimizer.max_skipped_in_a_row)
-        # 6 publish: returns once the engine serves these weights, else raises
-        with r.log.phase("publish"):
-            r.engine.load_weights(updates, state.params)
-        r.log.log("grpo", step=rl_step, values=values, total_steps=c.steps)
-        # 7 keep
-        if stage.due(rl_step) or rl_step == c.steps:
-            stage.save(rl_step, _tree(state, reference), cursor=prompts.cursor)
+    with contextlib.closing(RolloutSource(b, r, c, prompts=prompts, first=start.step + 1)) as source:
+        for rl_step in range(start.step + 1, c.steps + 1):
+            # 1 sample, 2 score: here and now, or by a thread that is at most max_staleness steps ahead
+            rollouts = source.take()
+            groups, values = rollouts.groups, describe(rollouts.groups, c, updates=updates)
+            with r.log.phase("parity"):
+                values |= parity.check(groups, rl_step=rl_step, params=state.params, updates=updates)
+            # 3 credit, 4 pack: one scalar per rollout inside its group; static shapes
+            with r.log.phase("pack"):
+                size = len(groups) // c.updates_per_step
+                parts = [credit(groups[i * size : (i + 1) * size], c=c) for i in range(c.updates_per_step)]
+                batches = [put_rows(b.mesh, pack_part(part, c=c, first=i == 0)) for i, part in enumerate(parts)]
+            # old and reference logprobs before any update, where they are needed
+            with r.log.phase("logprobs"):
+                for i, batch in enumerate(batches):
+                    if i > 0:
+                        batches[i] = batch = _fill(batch, "old_logprobs_BT", logprobs, state.params)
+                    if reference is not None:
+                        batches[i] = _fill(batch, "ref_logprobs_BT", logprobs, reference)
+            # 5 update: the only place parameters change
+            with r.log.phase("update"):
+                stats = []
+                for batch in batches:
+                    state, more = updater.update(state, batch)
+                    stats.append(more)
+                values = _combine(jax.device_get(stats)) | values
+                updates += len(batches)
+            values["update_tokens"] = sum(len(s.token_ids) for part in parts for s in part)
+            check_update("grpo", rl_step, values, max_skipped_in_a_row=c.optimizer.max_skipped_in_a_row)
+            # 6 publish: returns once the engine serves these weights, else raises
+            with r.log.phase("publish"):
+                r.engine.load_weights(updates, state.params)
+                source.served(rl_step)
+            r.log.log("grpo", step=rl_step, values=values, total_steps=c.steps)
+            # 7 keep
+            if stage.due(rl_step) or rl_step == c.steps:
+                stage.save(rl_step, _tree(state, reference), cursor=rollouts.cursor)
     return state.params
 
 
@@ -158,10 +160,10 @@ def pack_part(samples: Sequence[Sample], *, c: GrpoConfig, first: bool) -> list[
     return microbatches(batch, rows=c.pack.microbatch_rows)
 
 
-def _logprobs_program(b: Built, c: GrpoConfig) -> Any:
-    def logprobs(params, packed):
+def _logprobs_program(b: Built) -> Any:
+    def logprobs(params, packed, *, temperature):
         out = b.model.logprobs(
-            params, packed.tokens_BT, packed.positions_BT, packed.segment_ids_BT, temperature=c.sampling.temperature
+            params, packed.tokens_BT, packed.positions_BT, packed.segment_ids_BT, temperature=temperature
         )
         return out.logprobs_BT
 
@@ -192,13 +194,19 @@ def _combine(stats: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return values
 
 
-def _describe(groups: Sequence[RolloutGroup]) -> dict[str, Any]:
-    """What the rollouts were like."""
+def describe(groups: Sequence[RolloutGroup], c: GrpoConfig, *, updates: int) -> dict[str, Any]:
+    """What the rollouts were like. Raises RolloutError for a token staler than allowed."""
     rollouts = [x for g in groups for x in g.rollouts]
     count = len(rollouts)
     lengths = [len(x.completion.token_ids) for x in rollouts]
     parts = sorted({k for x in rollouts for k in x.score.parts})
     mixed = sum(len({x.score.reward for x in g.rollouts}) > 1 for g in groups)
+    behind = [-(-(updates - v) // c.updates_per_step) for x in rollouts for v in x.completion.versions]
+    if max(behind) > c.max_staleness or min(behind) < 0:
+        raise RolloutError(
+            f"a token is of weights {max(behind)} steps behind the learner's and another {min(behind)}; allowed are 0 to "
+            f"grpo.max_staleness={c.max_staleness}"
+        )
     return {
         "reward": sum(x.score.reward for x in rollouts) / count,
         **{k: sum(x.score.parts.get(k, 0.0) for x in rollouts) / count for k in parts},
@@ -208,5 +216,8 @@ def _describe(groups: Sequence[RolloutGroup]) -> dict[str, Any]:
         "unfinished": sum(not x.completion.finished for x in rollouts) / count,
         "verifier_failures": sum(bool(x.score.failure) for x in rollouts),
         "sample_tokens": sum(lengths),
+        "prompts": len(groups),
         "version": max(x.completion.versions[-1] for x in rollouts),
+        "staleness_mean": sum(behind) / len(behind),
+        "staleness_max": max(behind),
     }

@@ -72,7 +72,11 @@ class MetricsLog:
         try:
             yield
         finally:
-            self._phases[name] = self._phases.get(name, 0.0) + time.monotonic() - start
+            self.spent(name, time.monotonic() - start)
+
+    def spent(self, name: str, seconds: float) -> None:
+        """Count seconds measured elsewhere."""
+        self._phases[name] = self._phases.get(name, 0.0) + seconds
 
     def log(self, stage: str, *, step: int, values: Mapping[str, Any], total_steps: int = 0) -> None:
         """Write one line {"stage", "step", **values, "time": {phase: seconds}}; all but "time" is reproducible."""

@@ -67,17 +67,17 @@ def run(c: RunConfig, run_dir: Path) -> dict[str, Any]:
         log = MetricsLog(run_dir, keep_lines=saved["metrics_lines"] if saved else 0)
         stack.callback(log.close)
         stack.callback(store.close)
-        engine = build_engine(b, note=log.note)
+        engine, publisher = build_engine(b, note=log.note)
         stack.callback(engine.close)
         reward = stack.enter_context(build_reward(c.reward))
         if saved:
             log.note(f"resuming {run_dir} from checkpoint {latest}: {saved['stage']} step {saved['step']}")
-        r = Resources(log, store, engine, reward, streams)
+        r = Resources(log, store, engine, reward, publisher, streams)
         params, evals = _run_stages(b, r, saved=saved)
         store.wait()
         if c.checkpoint.export_hf:
             _export(b, params)
-        summary = _summarize(b, log, evals) | engine.report()
+        summary = _summarize(b, log, evals) | engine.report() | {"parity": r.parity}
     write_json(run_dir / "summary.json", summary)
     plot_run(run_dir)
     return summary

@@ -1,6 +1,7 @@
 """The house rules of DESIGN: floors, guests, sizes. Reads the imports, runs nothing."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ FLOORS = [
     {"models", "learn"},
     {"data", "rollout", "rewards", "checkpoint"},
     {"build", "score", "stage"},
+    {"source", "parity"},
     {"evaluate", "sft", "grpo"},
     {"report"},
     {"train"},
@@ -39,13 +41,19 @@ GUESTS = {
     "matplotlib": "report.py",
     "math_verify": "rewards",
     "nltk": "rewards",
-    "torch": (),
+    "httpx": "rollout",
+    "torch": (),  # these three only in PLUGIN
     "vllm": (),
+    "tensorstore": (),
 }
 
 
+PLUGIN = PACKAGE / "rollout" / "vllm_plugin"
+"""Runs inside vLLM's environment, as a package of its own."""
+
+
 def sources() -> list[Path]:
-    return sorted(PACKAGE.rglob("*.py"))
+    return sorted(p for p in PACKAGE.rglob("*.py") if PLUGIN not in p.parents)
 
 
 def imports(text: str) -> list[str]:
@@ -117,6 +125,20 @@ def imports_at_top(text: str) -> list[str]:
     return imports(ast.unparse(ast.Module([n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))], [])))
 
 
+@pytest.mark.parametrize("path", sorted(PLUGIN.rglob("*.py")), ids=lambda p: p.name)
+def test_the_plugin_imports_nothing_of_lnjax_and_no_other_package(path):
+    text = path.read_text(encoding="utf-8")
+    roots = {name.split(".")[0] for name in imports(text)}
+    assert roots <= {"vllm", "torch", "tensorstore", "numpy", "lnjax_vllm"} | sys.stdlib_module_names
+    assert len(text.splitlines()) <= 400
+
+
+def test_a_server_process_starts_without_jax():
+    for name in ("guard", "server"):
+        text = (PACKAGE / "rollout" / f"{name}.py").read_text(encoding="utf-8")
+        assert not [n for n in imports(text) if n.split(".")[0] == "jax" or n.startswith("lnjax.types")]
+
+
 def test_workers_of_the_reward_pool_never_import_jax():
     for name in ("worker", "verifiers", "protocol", "format", "ifeval"):
         text = (PACKAGE / "rewards" / f"{name}.py").read_text(encoding="utf-8")
@@ -124,4 +146,5 @@ def test_workers_of_the_reward_pool_never_import_jax():
 
 
 def test_the_product_can_be_read_in_an_afternoon():
-    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in sources()) <= 10_000
+    files = [*sources(), *PLUGIN.rglob("*.py")]
+    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in files) <= 10_000

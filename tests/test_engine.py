@@ -10,7 +10,7 @@ import pytest
 from lnjax.errors import ConfigError, RolloutError
 from lnjax.rollout.embedded import EmbeddedEngine
 from lnjax.schema import EmbeddedConfig, MeshConfig
-from lnjax.types import Prompt, SamplingParams, WeightVersion
+from lnjax.types import Prompt, SamplingParams
 from tests.specs import llama, nemotron
 
 CONFIG = EmbeddedConfig(num_slots=8, max_len=64, decode_chunk=4, prefill_rows=8, prefill_multiple=16, dtype="float32")
@@ -28,7 +28,7 @@ def prompts(count):
 def engine_of(model, c=CONFIG, params=None):
     params = model.init_params(jax.random.key(0), dtype=jnp.float32) if params is None else params
     engine = EmbeddedEngine(model, c=c, key=jax.random.key(5))
-    engine.load_weights(WeightVersion(3, "d", ""), params)
+    engine.load_weights(3, params)
     return engine, params
 
 
@@ -88,7 +88,7 @@ def test_nothing_compiles_after_warm_up(wide):
     engine.generate(prompts(6), num_samples=3, sampling=SAMPLING, seed=1)
     before = engine.num_programs
     for seed in range(2, 5):
-        engine.load_weights(WeightVersion(seed, "d", ""), params)
+        engine.load_weights(seed, params)
         engine.generate(prompts(6), num_samples=3, sampling=SAMPLING, seed=seed)
     assert engine.num_programs == before
 

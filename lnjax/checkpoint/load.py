@@ -57,10 +57,15 @@ def load_weights(source: str, *, spec: ModelSpec, dtype: Any, shardings: Any) ->
         params = store.restore_params(_latest(store), shardings)
         return jax.jit(lambda p: jax.tree.map(lambda x: x.astype(dtype), p), out_shardings=shardings)(params)
     tensors: TensorSource = GgufFile(path) if path.suffix == ".gguf" else SafetensorsFolder(path)
+    _check(tensors, tensor_map(spec), source=str(path), spec=spec)
+    return assemble(tensors, spec=spec, dtype=dtype, shardings=shardings, name=path.name)
+
+
+def assemble(tensors: TensorSource, *, spec: ModelSpec, dtype: Any, shardings: Any, name: str = "weights") -> Any:
+    """Parameters from a source whose names and shapes are known to fit."""
     wanted = tensor_map(spec)
-    _check(tensors, wanted, source=str(path), spec=spec)
     params: dict[str, Any] = {}
-    with progress(f"loading {path.name}", total=sum(len(m.names) for m in wanted), unit="tensors") as advance:
+    with progress(f"loading {name}", total=sum(len(m.names) for m in wanted), unit="tensors") as advance:
         for entry in wanted:
             where = shardings
             for key in entry.path:

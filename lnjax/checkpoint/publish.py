@@ -19,13 +19,12 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -142,23 +141,6 @@ class Publisher:
                 raise CheckpointError(f"{version.path}: only the last version can be repaired; publish again")
             return self._retry(self._repair)
 
-    def read(self, number: int) -> Iterator[tuple[str, np.ndarray]]:
-        """(name, tensor) of a version that is still there, digests checked. Raises CheckpointError."""
-        folder = self.root / str(number)
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder}: version {number} cannot be read ({error})") from error
-        for name, layout in self._layouts.items():
-            parts = []
-            for part in range(layout.parts):
-                path = folder / "state" / name / layout.file(part)
-                data = path.read_bytes() if path.exists() else b""
-                if hashlib.sha256(data).hexdigest() != manifest["tensors"][name]["sha256"][part]:
-                    raise CheckpointError(f"{path}: altered, truncated or missing")
-                parts.append(np.frombuffer(data, self._dtype).reshape(layout.chunk_shape))
-            yield name, np.concatenate(parts, axis=layout.axis)
-
     # To the host.
 
     def _to_host(self, params: Any) -> Iterator[tuple[Chunk, np.ndarray]]:
@@ -169,7 +151,7 @@ class Publisher:
             for key in entry.path:
                 value = value[key]
             converted.append((entry, self._program(entry)(value)))  # all dispatched before the first is waited for
-        for entry, array in converted:
+        for _, array in converted:
             array.copy_to_host_async()
         for entry, array in converted:
             layout = self._layouts[entry.names[0]]
@@ -195,7 +177,7 @@ class Publisher:
                 if layout.parts % (share * self._mesh.shape[axis]) == 0:
                     axes.append(axis)
                     share *= self._mesh.shape[axis]
-            dims = [None] * (1 + len(layout.shape))
+            dims: list[Any] = [None] * (1 + len(layout.shape))
             dims[1 + layout.axis] = tuple(axes)
 
             def convert(x: jax.Array) -> jax.Array:
@@ -385,6 +367,49 @@ class Publisher:
         doomed = self.root / f"{TEMPORARY}old-{folder.name}"
         os.replace(folder, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+class PublishedVersion:
+    """A committed version as a source of tensors (lnjax.checkpoint.load.TensorSource); every chunk read is checked."""
+
+    def __init__(self, folder: Path):
+        """Raises CheckpointError when it is not there."""
+        self._folder = folder
+        try:
+            if not (folder / MARKER).exists():
+                raise FileNotFoundError(f"no {MARKER}")
+            self._manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder}: no committed version ({error}); it was pruned or is damaged") from error
+        self._dtype = np.dtype(self._manifest["dtype"])
+
+    def names(self) -> list[str]:
+        return list(self._manifest["tensors"])
+
+    def where(self, name: str) -> str:
+        return str(self._folder / "state" / name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._manifest["tensors"][name]["shape"])
+
+    def read(self, name: str, index: Sequence[slice]) -> np.ndarray:
+        """That part of the tensor. Raises CheckpointError for an altered, truncated or missing chunk."""
+        layout, hashes = layout_of(name, self.shape(name)), self._manifest["tensors"][name]["sha256"]
+        size = layout.shape[layout.axis] // layout.parts
+        where = list(index)
+        cut = range(*where[layout.axis].indices(layout.shape[layout.axis]))
+        parts = []
+        for part in range(cut.start // size, -(-cut.stop // size)):
+            path = self._folder / "state" / name / layout.file(part)
+            data = path.read_bytes() if path.exists() else b""
+            if hashlib.sha256(data).hexdigest() != hashes[part]:
+                raise CheckpointError(
+                    f"{path}: altered, truncated or missing; it is written again with the next version"
+                )
+            parts.append(np.frombuffer(data, self._dtype).reshape(layout.chunk_shape))
+        first = cut.start // size * size
+        where[layout.axis] = slice(cut.start - first, cut.stop - first)
+        return np.concatenate(parts, axis=layout.axis)[tuple(where)]
 
 
 def digest_of(hashes: Mapping[Chunk, str]) -> str:

@@ -4,6 +4,7 @@ The command gets a session of its own. When standard input closes (the parent is
 the command itself ends, every process below the guard is ended: first asked, then killed. Standard library only.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -58,15 +59,11 @@ def _end(child: subprocess.Popen) -> None:
 
 
 def _signal(group: int, signum: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):  # the session may be empty
         os.killpg(group, signum)
-    except ProcessLookupError:
-        pass  # the session is empty
     for pid in _descendants():
-        try:
+        with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
             os.kill(pid, signum)
-        except ProcessLookupError:
-            pass  # ended by itself
 
 
 def _descendants() -> list[int]:
