@@ -13,7 +13,7 @@ import numpy as np
 
 from lnjax.build import Built, Resources
 from lnjax.checkpoint.load import assemble
-from lnjax.checkpoint.publish import PublishedVersion
+from lnjax.checkpoint.version import PublishedVersion
 from lnjax.data.packing import microbatches, pack
 from lnjax.errors import CheckpointError, RolloutError
 from lnjax.mesh import put_rows
