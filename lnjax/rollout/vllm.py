@@ -81,7 +81,8 @@ class VllmEngine:
         self._faults = open(run_dir / "faults.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         self._totals = {"seconds": 0.0, "swaps": 0, "bytes_read": 0, "bytes_needed": 0, "attested": 0}
         self._counts: dict[str, int] = {"requests": 0, "resent": 0, "refused_tokens": 0, "restarts": 0}
-        self._attestations: list[dict[str, Any]] = []
+        self._attestations: dict[int, list[dict[str, Any]]] = {}
+        """The last of every server, by rank."""
         self._closing = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
@@ -121,7 +122,7 @@ class VllmEngine:
             "bytes_written": stats.bytes_written,
             "changed_share": stats.bytes_written / max(1, stats.num_bytes),
             "repaired": stats.repaired,
-            "last": self._attestations,
+            "last": [{"server": i, **rank} for i, ranks in sorted(self._attestations.items()) for rank in ranks],
         }
         return {"sync": sync, "fleet": dict(self._counts)}
 
@@ -292,7 +293,7 @@ class VllmEngine:
         self._totals["attested"] += 1
         self._totals["bytes_read"] += sum(r["bytes_read"] for r in ranks)
         self._totals["bytes_needed"] += sum(r["bytes_needed"] for r in ranks)
-        self._attestations = [*self._attestations[-self._c.num_servers - len(self._c.addresses) + 1 :], *ranks]
+        self._attestations[member.index] = ranks
 
     async def _some_ready(self) -> list[Member]:
         """Servers to send to. Waits for a start; raises when there is nothing to wait for."""

@@ -1,0 +1,93 @@
+"""The fleet against real vLLM servers."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from tests import fleet
+from tests.fleet import Fleet, prompts, sampling, served_llama, served_nemotron
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    fleet.build_environment()
+
+
+CASES = {
+    "float32": (served_llama(), {}, 1.001),
+    "two ranks": (served_llama(), {"tensor_parallel": 2}, 1.001),
+    "bfloat16": (served_llama(), {"dtype": "bfloat16"}, 1.02),
+    "nemotron-nas": (served_nemotron(), {}, 1.001),
+    "nemotron-nas, two ranks": (served_nemotron(), {"tensor_parallel": 2}, 1.001),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_servers_agree_with_the_learner_after_every_swap(make_model, tmp_path, case):
+    spec, changes, limit = CASES[case]
+    ours = Fleet(make_model(spec), tmp_path, **changes)
+    try:
+        asked = prompts(6)
+        for number in range(3):
+            params = ours.params(number)
+            version = ours.engine.load_weights(number, params)
+            groups = ours.engine.generate(asked, num_samples=4, sampling=sampling(), seed=number)
+            assert {v for g in groups for c in g for v in c.versions} == {number}
+            assert ours.prob_error(params, asked, groups) <= limit
+            assert ours.prob_error(ours.params(number + 1), asked, groups) > 1.5  # the oracle can tell weights apart
+            last = ours.engine.report()["sync"]["last"]
+            assert {(r["number"], r["digest"]) for r in last} == {(number, version.digest)}
+            assert sorted(r["rank"] for r in last) == list(range(changes.get("tensor_parallel", 1)))
+        tempered = ours.engine.generate(asked, num_samples=2, sampling=sampling(temperature=0.7), seed=9)
+        assert (
+            ours.prob_error(params, asked, tempered, temperature=0.7) <= 1 + (limit - 1) / 0.7
+        )  # differences grow by 1/T
+        assert ours.engine.generate(asked, num_samples=4, sampling=sampling(), seed=number) == groups
+        assert len({c.token_ids for g in groups for c in g}) > 12
+        assert ours.faults() == []
+        sync = ours.engine.report()["sync"]
+        assert sync["swaps"] == 3
+        assert sync["bytes_read"] == sync["bytes_needed"]
+        if changes.get("tensor_parallel") == 2:  # together they read a matrix once, and each its own copy of the norms
+            norms = sum(64 * 4 for n in ours.publisher._layouts if "norm" in n)
+            assert sync["bytes_read"] == 3 * (ours.publisher.num_bytes + norms)
+    finally:
+        ours.engine.close()
+    assert fleet.processes_of(ours.publisher.root) == []
+
+
+def test_requests_that_span_a_swap_finish_and_every_token_is_of_the_weights_it_names(make_model, tmp_path):
+    ours = Fleet(make_model(served_llama(eos_token_ids=(2,))), tmp_path)
+    try:
+        old, new = ours.params(0), ours.params(1)
+        ours.engine.load_weights(0, old)
+        asked, groups = prompts(2), []
+        thread = threading.Thread(
+            target=lambda: groups.extend(
+                ours.engine.generate(asked, num_samples=4, sampling=sampling(400, stop_token_ids=()), seed=0)
+            )
+        )
+        thread.start()
+        time.sleep(1.0)
+        ours.engine.load_weights(1, new)
+        thread.join()
+        both = [c for g in groups for c in g if len(set(c.versions)) == 2]
+        assert len(both) == 8
+        gaps = {0: [], 1: []}
+        for prompt, group in zip(asked, groups, strict=True):
+            for c in group:
+                versions = np.array(c.versions)
+                assert len(c.token_ids) == 400
+                assert (np.diff(versions) >= 0).all()
+                for number, params in ((0, old), (1, new)):
+                    gap = ours.learner_logprobs(params, prompt, c) - np.array(c.logprobs)
+                    gaps[number] += gap[versions == number].tolist()
+        assert min(len(x) for x in gaps.values()) > 100
+        for number in gaps:
+            assert np.exp(np.abs(gaps[number])).mean() <= 1.001
+    finally:
+        ours.engine.close()
