@@ -3,6 +3,7 @@
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -64,6 +65,7 @@ def test_requests_that_span_a_swap_finish_and_every_token_is_of_the_weights_it_n
     ours = Fleet(make_model(served_llama(eos_token_ids=(2,))), tmp_path)
     try:
         old, new = ours.params(0), ours.params(1)
+        jax.block_until_ready((old, new))
         ours.engine.load_weights(0, old)
         asked, groups = prompts(2), []
         thread = threading.Thread(
@@ -72,7 +74,7 @@ def test_requests_that_span_a_swap_finish_and_every_token_is_of_the_weights_it_n
             )
         )
         thread.start()
-        time.sleep(1.0)
+        time.sleep(0.3)
         ours.engine.load_weights(1, new)
         thread.join()
         both = [c for g in groups for c in g if len(set(c.versions)) == 2]

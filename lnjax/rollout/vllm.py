@@ -25,6 +25,8 @@ PROBE_EVERY_S = 2.0
 START_EVERY_S = 0.5
 BACK_OFF_S = 1.0
 WARM_TOKENS = 2
+MAX_FAILED_STARTS = 3
+"""In a row, without serving once."""
 
 
 class Publishes(Protocol):
@@ -49,7 +51,7 @@ class Member:
         self.ready = asyncio.Event()
         self.dropped = ""
         """Why it takes no further part."""
-        self.starts = 0
+        self.starts, self.failed_starts, self.was_ready = 0, 0, False
         self.requests: set[asyncio.Task] = set()
         self.swapping = asyncio.Lock()
         self.label = ""
@@ -165,18 +167,23 @@ class VllmEngine:
 
     async def _watch(self, member: Member) -> None:
         """Start it, bring it to the current version, probe it, and begin again when it fails."""
+        last = ""
         while not self._closing and not member.dropped:
             try:
+                member.was_ready = False
                 await self._start(member)
                 await self._catch_up(member)
+                member.was_ready = True
                 member.ready.set()
                 await self._probe_until_failure(member)
             except ServerFault as fault:
                 self._fault(member, fault.kind, fault.detail)
+                last = f"{fault.kind}: {fault.detail}"
+            member.failed_starts = 0 if member.was_ready else member.failed_starts + 1
             await self._take_down(member)
             await asyncio.sleep(BACK_OFF_S)
-            if member.starts > self._c.max_restarts:
-                member.dropped = f"it was started {member.starts} times"
+            if member.starts > self._c.max_restarts or member.failed_starts >= MAX_FAILED_STARTS:
+                member.dropped = f"server {member.index} was started {member.starts} times; {last}"
                 self._fault(member, "dropped", member.dropped)
 
     async def _start(self, member: Member) -> None:

@@ -13,6 +13,7 @@ class NemotronNasConfig(PreTrainedConfig):
 
     def __init__(self, block_configs: list[dict[str, Any]] | None = None, **kwargs: Any):
         self.block_configs = [_block(x) for x in block_configs or []]
+        self.max_position_embeddings = kwargs.get("max_position_embeddings", 131072)  # the base class needs it for rope
         super().__init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
