@@ -109,6 +109,7 @@ def build_engine(b: Built, *, note: Callable[[str], None]) -> tuple[RolloutEngin
         dtype=jnp.dtype(c.dtype),
         keep=c.keep_versions + (b.config.grpo.max_staleness if b.config.grpo else 0),
         deadline_s=c.swap_deadline_s,
+        tensor_parallel=c.tensor_parallel,
     )
     config = hf_config(b.model.spec, dtype=c.dtype)
     return VllmEngine(c, publisher=publisher, model=config, run_dir=b.run_dir, note=note), publisher

@@ -48,6 +48,7 @@ class Fleet:
             dtype=jnp.dtype(c.dtype),
             keep=c.keep_versions,
             deadline_s=30.0,
+            tensor_parallel=c.tensor_parallel,
         )
         config = hf_config(model.spec, dtype=c.dtype)
         self.engine = VllmEngine(c, publisher=self.publisher, model=config, run_dir=folder, note=self.notes.append)

@@ -27,9 +27,16 @@ def model(make_model):
     return make_model(nemotron())
 
 
-def publisher(model, root, *, dtype="bfloat16", keep=2, deadline_s=1.0):
-    mesh = model.compute.ops.mesh
-    return Publisher(root, spec=model.spec, mesh=mesh, dtype=jnp.dtype(dtype), keep=keep, deadline_s=deadline_s)
+def publisher(model, root, *, dtype="bfloat16", keep=2, deadline_s=1.0, tensor_parallel=8):
+    return Publisher(
+        root,
+        spec=model.spec,
+        mesh=model.compute.ops.mesh,
+        dtype=jnp.dtype(dtype),
+        keep=keep,
+        deadline_s=deadline_s,
+        tensor_parallel=tensor_parallel,
+    )
 
 
 def params_of(model, seed=0):
@@ -117,7 +124,7 @@ def test_the_same_weights_again_are_the_same_version_and_others_are_refused(mode
     version = ours.publish(1, params_of(model))
     assert ours.publish(1, params_of(model)) == version
     assert ours.stats.versions == 1
-    with pytest.raises(CheckpointError, match="version 1 was published with digest"):
+    with pytest.raises(CheckpointError, match="version 1 was published with another"):
         ours.publish(1, params_of(model, seed=1))
 
 

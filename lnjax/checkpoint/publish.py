@@ -57,12 +57,28 @@ class PublishStats:
 class Publisher:
     """Writes versions under `root`, keeps the last `keep` and any that a server reads."""
 
-    def __init__(self, root: Path, *, spec: ModelSpec, mesh: Mesh, dtype: Any, keep: int, deadline_s: float):
+    def __init__(
+        self,
+        root: Path,
+        *,
+        spec: ModelSpec,
+        mesh: Mesh,
+        dtype: Any,
+        keep: int,
+        deadline_s: float,
+        tensor_parallel: int = 1,
+    ):
+        """`tensor_parallel`: of the servers, so that what a rank reads is whole files."""
         self.root = root.absolute()
         self.stats = PublishStats()
         self._entries, self._mesh, self._dtype = tensor_map(spec), mesh, np.dtype(dtype)
         self._keep, self._deadline_s = keep, deadline_s
-        self._layouts = {n: layout_of(n, e.tensor_shape) for e in self._entries for n in e.names}
+        itemsize = self._dtype.itemsize
+        self._layouts = {
+            name: layout_of(name, entry.tensor_shape, itemsize=itemsize, tensor_parallel=tensor_parallel)
+            for entry in self._entries
+            for name in entry.names
+        }
         self._programs: dict[Any, Any] = {}
         self._last: WeightVersion | None = None
         self._chunks: dict[Chunk, np.ndarray] = {}
@@ -83,21 +99,9 @@ class Publisher:
         """
         start = time.monotonic()
         with self._lock:
-            chunks = dict(self._to_host(params))
-            with concurrent.futures.ThreadPoolExecutor(WRITERS) as pool:
-                hashes = dict(zip(chunks, pool.map(_sha256, chunks.values()), strict=True))
-            temporary = self.root / f"{TEMPORARY}{number}"
-            hashes = self._gather_hashes(temporary, hashes)
-            digest = digest_of(hashes)
-            version = WeightVersion(number, digest, str(self.root / str(number)))
             if self._last and self._last.number == number:
-                if self._last.digest != digest:
-                    raise CheckpointError(
-                        f"{version.path}: version {number} was published with digest {self._last.digest}, now it would "
-                        f"be {digest}; every policy needs its own number"
-                    )
-                return self._last
-            written = self._retry(lambda: self._write(temporary, version, chunks, hashes))
+                return self._again(params)
+            version, chunks, hashes, written = self._retry(lambda: self._write(number, params))
             self._last, self._chunks, self._hashes = version, chunks, hashes
             self._prune()
             self.stats.versions += 1
@@ -133,11 +137,10 @@ class Publisher:
                 first, copies = (where.start or 0), len(array.global_shards) // _num_places(array)
                 data = np.asarray(shard.data)
                 for i, name in enumerate(entry.names):
-                    if i % copies != shard.replica_id:
-                        continue
-                    for j in range(data.shape[1 + layout.axis] // size):
-                        part = data[i].take(range(j * size, (j + 1) * size), layout.axis) if layout.axis else None
-                        yield (name, first // size + j), data[i][j * size : (j + 1) * size] if part is None else part
+                    if i % copies == shard.replica_id:
+                        for j in range(data.shape[1 + layout.axis] // size):
+                            rows = slice(j * size, (j + 1) * size)
+                            yield (name, first // size + j), data[i][(slice(None),) * layout.axis + (rows,)]
 
     def _program(self, entry: TensorMap) -> Any:
         """jit: our parameter -> [layers, *HF shape] in the published dtype, cut over devices where chunks allow."""
@@ -161,65 +164,82 @@ class Publisher:
 
     # To the disk.
 
-    def _gather_hashes(self, temporary: Path, mine: dict[Chunk, str]) -> dict[Chunk, str]:
-        """Of all processes, through the folder (never a device program: servers may sample meanwhile)."""
-        if jax.process_count() == 1:
-            return mine
-        if jax.process_index() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-        barrier(f"publish {temporary.name}")
-        rows = [[name, part, value] for (name, part), value in mine.items()]
-        (temporary / f"part-{jax.process_index()}.json").write_text(json.dumps(rows), encoding="utf-8")
-        barrier(f"hashed {temporary.name}")
-        everyone = {}
-        for i in range(jax.process_count()):
-            for name, part, value in json.loads((temporary / f"part-{i}.json").read_text(encoding="utf-8")):
-                everyone[name, part] = value
-        return everyone
-
-    def _write(
-        self, temporary: Path, version: WeightVersion, chunks: dict[Chunk, np.ndarray], hashes: dict[Chunk, str]
-    ) -> int:
-        """Bytes written by this process, links apart."""
-        leader = jax.process_index() == 0
-        if leader:
-            if jax.process_count() == 1:
-                shutil.rmtree(temporary, ignore_errors=True)
-            for name in self._layouts:
-                (temporary / "state" / name).mkdir(parents=True, exist_ok=True)
-        barrier(f"made {temporary.name}")
+    def _again(self, params: Any) -> WeightVersion:
+        """The last version's number once more: the same tensors, or an error."""
+        assert self._last
         with concurrent.futures.ThreadPoolExecutor(WRITERS) as pool:
-            tasks = [pool.submit(self._write_chunk, temporary, key, data, hashes) for key, data in chunks.items()]
-            written = sum(task.result() for task in tasks)
-        barrier(f"filled {temporary.name}")
+            tasks = {key: pool.submit(_sha256, data) for key, data in self._to_host(params)}
+        for key, task in tasks.items():
+            if task.result() != self._hashes[key]:
+                raise CheckpointError(
+                    f"{self._last.path}: version {self._last.number} was published with another {key[0]}; every policy "
+                    "needs its own number"
+                )
+        return self._last
+
+    def _write(self, number: int, params: Any) -> tuple[WeightVersion, dict[Chunk, np.ndarray], dict[Chunk, str], int]:
+        """Converting, hashing and writing overlap. (version, this process's chunks, all hashes, bytes not linked)."""
+        temporary, leader = self.root / f"{TEMPORARY}{number}", jax.process_index() == 0
         if leader:
-            for file in temporary.glob("part-*.json"):
-                file.unlink()
+            shutil.rmtree(temporary, ignore_errors=True)
+            for name in self._layouts:
+                (temporary / "state" / name).mkdir(parents=True)
+        barrier(f"publish {number}")
+        chunks: dict[Chunk, np.ndarray] = {}
+        tasks = {}
+        with concurrent.futures.ThreadPoolExecutor(WRITERS) as pool:
+            for key, data in self._to_host(params):
+                chunks[key] = data
+                tasks[key] = pool.submit(self._write_chunk, temporary, key, data)
+        done = {key: task.result() for key, task in tasks.items()}
+        written = sum(count for _, count in done.values())
+        hashes = self._gather_hashes(temporary, number, {key: value for key, (value, _) in done.items()})
+        version = WeightVersion(number, digest_of(hashes), str(self.root / str(number)))
+        if leader:
             self._describe(temporary, version, hashes)
             folder = Path(version.path)
             if folder.exists():  # of a policy that a restarted run had published
                 shutil.rmtree(folder)
             os.replace(temporary, folder)
-        barrier(f"committed {temporary.name}")
-        return written
+        barrier(f"committed {number}")
+        return version, chunks, hashes, written
 
-    def _write_chunk(self, folder: Path, key: Chunk, data: np.ndarray, hashes: Mapping[Chunk, str]) -> int:
+    def _gather_hashes(self, temporary: Path, number: int, mine: dict[Chunk, str]) -> dict[Chunk, str]:
+        """Of all processes, through the folder (never a device program: servers may sample meanwhile)."""
+        if jax.process_count() == 1:
+            return mine
+        rows = [[name, part, value] for (name, part), value in mine.items()]
+        (temporary / f"part-{jax.process_index()}.json").write_text(json.dumps(rows), encoding="utf-8")
+        barrier(f"hashed {number}")
+        everyone = {}
+        for i in range(jax.process_count()):
+            for name, part, value in json.loads((temporary / f"part-{i}.json").read_text(encoding="utf-8")):
+                everyone[name, part] = value
+        barrier(f"gathered {number}")
+        if jax.process_index() == 0:
+            for file in temporary.glob("part-*.json"):
+                file.unlink()
+        return everyone
+
+    def _write_chunk(self, folder: Path, key: Chunk, data: np.ndarray) -> tuple[str, int]:
+        """(SHA-256, bytes written: 0 where it is a link to the version before)."""
         name, part = key
+        flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        value = hashlib.sha256(flat).hexdigest()
         path = folder / "state" / name / self._layouts[name].file(part)
-        if self._last and self._hashes.get(key) == hashes[key]:
+        if self._last and self._hashes.get(key) == value:
             before = Path(self._last.path) / "state" / name / path.name
             try:
                 if before.stat().st_size == data.nbytes:
                     os.link(before, path)
-                    return 0
+                    return value, 0
             except OSError:
                 pass  # it went away, or the file system has no links: write it
         with open(path, "wb", buffering=0) as file:
-            view = memoryview(np.ascontiguousarray(data).view(np.uint8).reshape(-1))
+            view = memoryview(flat)
             while view:
                 view = view[file.write(view) :]
-        return data.nbytes
+        return value, data.nbytes
 
     def _describe(self, folder: Path, version: WeightVersion, hashes: Mapping[Chunk, str]) -> None:
         """Everything but the chunks; the marker last."""
@@ -250,7 +270,7 @@ class Publisher:
             if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != self._hashes[name, part]:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 whole = path.with_name(path.name + ".new")
-                whole.write_bytes(np.ascontiguousarray(data).view(np.uint8).tobytes())
+                whole.write_bytes(np.ascontiguousarray(data).tobytes())
                 os.replace(whole, path)
                 found.append(f"{name} part {part}")
         manifest = self._manifest(self._last, self._hashes)
@@ -315,7 +335,7 @@ def _num_places(array: jax.Array) -> int:
 
 
 def _sha256(data: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(data).view(np.uint8)).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(data).reshape(-1).view(np.uint8)).hexdigest()
 
 
 def _write_text(path: Path, text: str) -> None:

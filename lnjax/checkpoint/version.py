@@ -12,8 +12,8 @@ import numpy as np
 from lnjax.errors import CheckpointError
 
 FORMAT = 1
-PARTS = 8
-"""Chunks of a matrix where its dim divides: as many as the widest tensor parallelism that reads whole chunks."""
+CHUNK_BYTES = 32 << 20
+"""A larger chunk is cut further, for parallel reads and finer deltas."""
 MARKER, MANIFEST = "COMMITTED", "manifest.json"
 
 Chunk = tuple[str, int]
@@ -36,10 +36,18 @@ class Layout:
         return tuple(s // self.parts if i == self.axis else s for i, s in enumerate(self.shape))
 
 
-def layout_of(name: str, shape: tuple[int, ...]) -> Layout:
-    """Row-parallel matrices (o_proj, down_proj) are cut along their inputs, the others along their outputs."""
+def layout_of(name: str, shape: tuple[int, ...], *, itemsize: int, tensor_parallel: int) -> Layout:
+    """Row-parallel matrices (o_proj, down_proj) are cut along their inputs, the others along their outputs.
+
+    Into one chunk a rank, or a multiple of that; whole where the dim does not divide.
+    """
     axis = 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
-    return Layout(shape, axis, math.gcd(shape[axis], PARTS) if len(shape) > 1 else 1)
+    if len(shape) < 2 or shape[axis] % tensor_parallel:
+        return Layout(shape, axis, 1)
+    parts, size = tensor_parallel, math.prod(shape) * itemsize
+    while size // parts > CHUNK_BYTES and shape[axis] % (2 * parts) == 0:
+        parts *= 2
+    return Layout(shape, axis, parts)
 
 
 def orbax_files(layouts: Mapping[str, Layout], *, dtype: np.dtype) -> Iterator[tuple[str, str]]:
@@ -99,7 +107,8 @@ class PublishedVersion:
 
     def read(self, name: str, index: Sequence[slice]) -> np.ndarray:
         """That part of the tensor. Raises CheckpointError for an altered, truncated or missing chunk."""
-        layout, hashes = layout_of(name, self.shape(name)), self._manifest["tensors"][name]["sha256"]
+        entry = self._manifest["tensors"][name]
+        layout, hashes = Layout(self.shape(name), entry["axis"], entry["parts"]), entry["sha256"]
         size = layout.shape[layout.axis] // layout.parts
         where = list(index)
         cut = range(*where[layout.axis].indices(layout.shape[layout.axis]))

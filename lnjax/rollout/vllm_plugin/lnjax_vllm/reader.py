@@ -84,7 +84,6 @@ def read(folder: Path, manifest: Mapping[str, Any], wanted: Mapping[str, Slice])
 
 def _read_one(folder: Path, entry: Mapping[str, Any], dtype: str, item: Slice) -> tuple[torch.Tensor, int]:
     plain, kind = TORCH[dtype]
-    buffer = np.empty(item.shape, plain)
     axis, parts = entry["axis"], entry["parts"]
     size = item.shape[axis] // parts
     inside = item.start if axis == item.axis else 0
@@ -94,18 +93,25 @@ def _read_one(folder: Path, entry: Mapping[str, Any], dtype: str, item: Slice) -
         store = ts.open({"driver": "zarr", "kvstore": {"driver": "file", "path": f"{path}/"}}, open=True).result()
         if tuple(store.shape) != item.shape or store.dtype.name != dtype:
             raise Refused(f"{path}: is {store.dtype.name}{list(store.shape)}, expected {dtype}{list(item.shape)}")
-        count, pending = 0, []
+        pending = []
         for part in range(inside // size, -(-(inside + length) // size)):
             where = tuple(
                 slice(part * size, (part + 1) * size) if i == axis else slice(None) for i in range(store.rank)
             )
             pending.append((part, where, store[where].read()))
+        chunks = []
         for part, where, future in pending:
             chunk = np.ascontiguousarray(future.result()).view(plain)
-            if hashlib.sha256(chunk.view(np.uint8)).hexdigest() != entry["sha256"][part]:
+            if hashlib.sha256(chunk.reshape(-1).view(np.uint8)).hexdigest() != entry["sha256"][part]:
                 raise Refused(f"{path}: chunk {part} is altered (its SHA-256 is not the manifest's)")
-            buffer[where] = chunk
-            count += chunk.nbytes
+            chunks.append((where, chunk))
+        count = sum(chunk.nbytes for _, chunk in chunks)
+        if parts == 1:
+            buffer = chunks[0][1]
+        else:
+            buffer = np.empty(item.shape, plain)
+            for where, chunk in chunks:
+                buffer[where] = chunk
     except (ValueError, OSError) as error:
         if isinstance(error, Refused):
             raise
