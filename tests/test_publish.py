@@ -48,6 +48,10 @@ def tensors(folder):
     return {n: version.read(n, [slice(None)] * len(version.shape(n))) for n in version.names()}
 
 
+def numbers(folder):
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+
+
 def same(a, b):
     assert a.keys() == b.keys()
     for name in a:
@@ -135,9 +139,30 @@ def test_old_versions_go_but_not_one_that_is_being_read(model, tmp_path):
         fcntl.flock(reader, fcntl.LOCK_SH)
         for number in (2, 3):
             ours.publish(number, params_of(model, number))
-        assert sorted(p.name for p in (tmp_path / "w").iterdir()) == ["1", "2", "3"]
+        assert numbers(tmp_path / "w") == [1, 2, 3]
     ours.publish(4, params_of(model, 4))
-    assert sorted(p.name for p in (tmp_path / "w").iterdir()) == ["3", "4"]
+    assert numbers(tmp_path / "w") == [3, 4]
+
+
+def test_the_files_of_a_version_that_went_are_written_over_unless_others_share_them(make_model, tmp_path):
+    model = make_model(llama(vocab_size=128))
+    params = params_of(model)
+    ours = publisher(model, tmp_path / "w", dtype="float32", keep=2)
+    expected = {}
+    for number in range(1, 8):
+        part = (
+            {**params, "embed": params["embed"] + number}
+            if number % 3
+            else jax.tree.map(lambda x, n=number: x + n, params)
+        )
+        ours.publish(number, part)
+        expected[number] = tensors(tmp_path / "w" / str(number))
+        fresh = publisher(model, tmp_path / "x" / str(number), dtype="float32").publish(number, part)
+        same(expected[number], tensors(tmp_path / "x" / str(number) / str(number)))
+        assert json.loads((tmp_path / "w" / str(number) / "manifest.json").read_text())["digest"] == fresh.digest
+        for kept in numbers(tmp_path / "w"):
+            same(tensors(tmp_path / "w" / str(kept)), expected[kept])
+    assert (tmp_path / "w" / "tmp-spare").exists()
 
 
 def flip(path):

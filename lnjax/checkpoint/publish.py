@@ -70,6 +70,8 @@ class Publisher:
     ):
         """`tensor_parallel`: of the servers, so that what a rank reads is whole files."""
         self.root = root.absolute()
+        self._spare = self.root / f"{TEMPORARY}spare"
+        """Files of a version that went, to be written over: their pages are in memory already."""
         self.stats = PublishStats()
         self._entries, self._mesh, self._dtype = tensor_map(spec), mesh, np.dtype(dtype)
         self._keep, self._deadline_s = keep, deadline_s
@@ -182,8 +184,12 @@ class Publisher:
         temporary, leader = self.root / f"{TEMPORARY}{number}", jax.process_index() == 0
         if leader:
             shutil.rmtree(temporary, ignore_errors=True)
+            if self._spare.exists():
+                os.replace(self._spare, temporary)
+                for file in (MARKER, MANIFEST):
+                    (temporary / file).unlink(missing_ok=True)
             for name in self._layouts:
-                (temporary / "state" / name).mkdir(parents=True)
+                (temporary / "state" / name).mkdir(parents=True, exist_ok=True)
         barrier(f"publish {number}")
         chunks: dict[Chunk, np.ndarray] = {}
         tasks = {}
@@ -231,11 +237,14 @@ class Publisher:
             before = Path(self._last.path) / "state" / name / path.name
             try:
                 if before.stat().st_size == data.nbytes:
+                    path.unlink(missing_ok=True)
                     os.link(before, path)
                     return value, 0
             except OSError:
                 pass  # it went away, or the file system has no links: write it
-        with open(path, "wb", buffering=0) as file:
+        if path.exists() and (path.stat().st_nlink > 1 or path.stat().st_size != data.nbytes):
+            path.unlink()  # shared with a version that stays
+        with open(path, "r+b" if path.exists() else "wb", buffering=0) as file:
             view = memoryview(flat)
             while view:
                 view = view[file.write(view) :]
@@ -306,7 +315,7 @@ class Publisher:
             return
         numbers = sorted(int(p.name) for p in self.root.iterdir() if p.name.isdigit())
         for number in numbers[: -self._keep]:
-            self._remove(self.root / str(number))
+            self._remove(self.root / str(number), recycle=True)
 
     def _clear(self) -> None:
         """What an earlier process left: nobody is to load it."""
@@ -316,7 +325,7 @@ class Publisher:
                     self._remove(folder)
         barrier("publisher ready")
 
-    def _remove(self, folder: Path) -> None:
+    def _remove(self, folder: Path, *, recycle: bool = False) -> None:
         try:
             with open(folder / MANIFEST, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -324,6 +333,9 @@ class Publisher:
             return  # a server reads it; its turn comes with a later version
         except FileNotFoundError:
             pass
+        if recycle and not self._spare.exists():
+            os.replace(folder, self._spare)
+            return
         doomed = self.root / f"{TEMPORARY}old-{folder.name}"
         os.replace(folder, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
