@@ -98,6 +98,7 @@ def run(b: Built, r: Resources, c: GrpoConfig, *, stage: Stage, start: Position)
                     stats.append(more)
                 values = _combine(jax.device_get(stats)) | values
                 updates += len(batches)
+            values["prompts_taken"] = rollouts.cursor["next"]
             values["update_tokens"] = sum(len(s.token_ids) for part in parts for s in part)
             check_update("grpo", rl_step, values, max_skipped_in_a_row=c.optimizer.max_skipped_in_a_row)
             # 6 publish: returns once the engine serves these weights, else raises

@@ -76,11 +76,11 @@ def test_orbax_reads_a_version(model, tmp_path):
     same({k: np.asarray(v) for k, v in loaded.items()}, ours)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_digest_and_the_bytes_do_not_depend_on_the_mesh(make_model, tmp_path, dtype):
+@pytest.mark.parametrize(("dtype", "ranks"), [("float32", 1), ("float32", 2), ("bfloat16", 8)])
+def test_the_digest_and_the_bytes_do_not_depend_on_the_mesh(make_model, tmp_path, dtype, ranks):
     one, many = make_model(nemotron()), make_model(nemotron(), mesh=MeshConfig(fsdp=4, tensor=2), devices=8)
-    a = publisher(one, tmp_path / "a", dtype=dtype).publish(1, params_of(one))
-    b = publisher(many, tmp_path / "b", dtype=dtype).publish(1, params_of(many))
+    a = publisher(one, tmp_path / "a", dtype=dtype, tensor_parallel=ranks).publish(1, params_of(one))
+    b = publisher(many, tmp_path / "b", dtype=dtype, tensor_parallel=ranks).publish(1, params_of(many))
     assert a.digest == b.digest
     same(tensors(tmp_path / "a" / "1"), tensors(tmp_path / "b" / "1"))
 

@@ -19,7 +19,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,16 +94,19 @@ class Publisher:
         """Size of one version."""
         return sum(math.prod(x.shape) for x in self._layouts.values()) * self._dtype.itemsize
 
-    def publish(self, number: int, params: Any) -> WeightVersion:
+    def publish(
+        self, number: int, params: Any, *, troubled: Callable[[str], None] = lambda text: None
+    ) -> WeightVersion:
         """Write and commit `params` as version `number`. Collective. The same number and tensors again write nothing.
 
-        Raises CheckpointError when the disk stays full for `deadline_s`, or `number` was other weights before.
+        `troubled` hears of every failed attempt. Raises CheckpointError when the disk stays full for `deadline_s`, or
+        `number` was other weights before.
         """
         start = time.monotonic()
         with self._lock:
             if self._last and self._last.number == number:
                 return self._again(params)
-            version, chunks, hashes, written = self._retry(lambda: self._write(number, params))
+            version, chunks, hashes, written = self._retry(lambda: self._write(number, params), troubled)
             self._last, self._chunks, self._hashes = version, chunks, hashes
             self._prune()
             self.stats.versions += 1
@@ -117,7 +120,7 @@ class Publisher:
         with self._lock:
             if self._last is None or version.number != self._last.number:
                 raise CheckpointError(f"{version.path}: only the last version can be repaired; publish again")
-            return self._retry(self._repair)
+            return self._retry(self._repair, lambda text: None)
 
     # To the host.
 
@@ -147,7 +150,7 @@ class Publisher:
     def _program(self, entry: TensorMap) -> Any:
         """jit: our parameter -> [layers, *HF shape] in the published dtype, cut over devices where chunks allow."""
         layout = self._layouts[entry.names[0]]
-        key = (entry.stacked, entry.transposed, layout.axis, layout.parts)
+        key = (entry.stacked, entry.transposed, len(layout.shape), layout.axis, layout.parts)
         if key not in self._programs:
             axes, share = [], 1
             for axis in ("tensor", "fsdp", "data"):
@@ -292,13 +295,14 @@ class Publisher:
         self.stats.repaired += len(found)
         return found
 
-    def _retry(self, action: Any) -> Any:
+    def _retry(self, action: Any, troubled: Callable[[str], None]) -> Any:
         """Once more while the disk is full, until the deadline."""
         start = time.monotonic()
         while True:
             try:
                 return action()
             except OSError as error:
+                troubled(f"{self.root}: {error}")
                 for left in self.root.glob(f"{TEMPORARY}*"):
                     shutil.rmtree(left, ignore_errors=True)
                 self._prune()

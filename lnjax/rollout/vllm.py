@@ -12,6 +12,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,7 +38,7 @@ class Publishes(Protocol):
 
     @property
     def num_bytes(self) -> int: ...
-    def publish(self, number: int, params: Any) -> WeightVersion: ...
+    def publish(self, number: int, params: Any, *, troubled: Callable[[str], None]) -> WeightVersion: ...
     def repair(self, version: WeightVersion) -> list[str]: ...
 
 
@@ -98,7 +99,7 @@ class VllmEngine:
     def load_weights(self, number: int, params: Any) -> WeightVersion:
         """Publish, then change every ready server; the others load it before they answer. Raises when none serves it."""
         start = time.monotonic()
-        version = self._publisher.publish(number, params)
+        version = self._publisher.publish(number, params, troubled=partial(self._record, "publisher", "disk"))
         if self._current != version:
             self._current = version
             self._run(self._swap_all(version))
@@ -156,12 +157,15 @@ class VllmEngine:
             raise
 
     def _fault(self, member: Member, kind: str, detail: str) -> None:
-        """One line a fault, for people and for tests."""
-        line = {"time": round(time.time(), 3), "server": member.index, "kind": kind, "detail": " ".join(detail.split())}
+        self._record(f"server {member.index}", kind, detail)
+
+    def _record(self, who: str, kind: str, detail: str) -> None:
+        """One line a fault, for people and for tests. Any thread."""
+        line = {"time": round(time.time(), 3), "who": who, "kind": kind, "detail": " ".join(detail.split())}
         self._faults.write(json.dumps(line) + "\n")
         self._faults.flush()
         self._counts[kind] = self._counts.get(kind, 0) + 1
-        self._note(f"server {member.index}: {kind}: {line['detail'][:300]}")
+        self._note(f"{who}: {kind}: {line['detail'][:300]}")
 
     # The life of a server.
 
