@@ -95,7 +95,7 @@ def override(config: RunConfig, words: Sequence[str]) -> RunConfig:
             RunConfig, default=config, args=["--help"], config=MARKS, prog="python -m lnjax.launch", description=USAGE
         )
     known = _settable(config)
-    pairs: list[tuple[str, str]] = []
+    pairs: list[tuple[str, list[str]]] = []
     position = 0
     while position < len(words):
         word = words[position]
@@ -106,20 +106,24 @@ def override(config: RunConfig, words: Sequence[str]) -> RunConfig:
             _unknown(key, known, config)
         if position + 1 == len(words):
             raise ConfigError(f"--{key} needs a value")
-        pairs.append((key, words[position + 1]))
-        position += 2
-    for key, value in pairs:  # one by one, so that an error can name its key
+        end = position + 2
+        while known[key].startswith("tuple") and end < len(words) and not words[end].startswith("--"):
+            end += 1
+        pairs.append((key, list(words[position + 1 : end])))
+        position = end
+    for key, values in pairs:  # one by one, so that an error can name its key
         quiet = io.StringIO()
         try:
             with contextlib.redirect_stderr(quiet), contextlib.redirect_stdout(quiet):
                 config = tyro.cli(
                     RunConfig,
                     default=config,
-                    args=[f"--{key.replace('_', '-')}", value],
+                    args=[f"--{key.replace('_', '-')}", *values],
                     config=MARKS,
                     use_underscores=False,
                 )
         except SystemExit as error:
+            value = " ".join(values)
             raise ConfigError(f"--{key} {value}: expected {known[key]}, got {value!r}") from error
     return config
 

@@ -325,7 +325,8 @@ class Publisher:
         """What an earlier process left: nobody is to load it."""
         if jax.process_index() == 0:
             for folder in self.root.iterdir():
-                if folder.name.isdigit() or folder.name.startswith(TEMPORARY):
+                version = folder.name.isdigit() and (folder / "state").is_dir()  # nothing of anybody else's
+                if version or folder.name.startswith(TEMPORARY):
                     self._remove(folder)
         barrier("publisher ready")
 

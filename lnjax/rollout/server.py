@@ -1,7 +1,6 @@
 """One vLLM server as a process: its command line, its environment, its end.
 
-`python -m lnjax.rollout.server --model DIR --publish-root DIR --port N …` prints nothing and becomes such a server
-(launch/serve.sh); the fleet starts the same command under a guard.
+The fleet starts it under a guard; `python -m lnjax.serve` becomes it.
 """
 
 import json
@@ -75,6 +74,11 @@ def serve_environment(c: VllmConfig, *, index: int, root: Path, key: str) -> dic
     return found | ({"LD_PRELOAD": str(library)} if library.exists() else {})
 
 
+def model_folder(root: Path) -> Path:
+    """Beside the versions, where all hosts see it."""
+    return root / "model"
+
+
 def has_gpu() -> bool:
     return shutil.which("nvidia-smi") is not None and not os.environ.get("LNJAX_NO_GPU")
 
@@ -90,9 +94,11 @@ def new_key() -> str:
 
 
 def write_model(folder: Path, *, config: Mapping[str, Any]) -> None:
-    """What a server needs to know of the model before its first version: config.json."""
+    """What a server needs to know of the model before its first version: config.json, whole at any moment."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    whole = folder / f"config.json.{socket.gethostname()}-{os.getpid()}"
+    whole.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    os.replace(whole, folder / "config.json")
 
 
 class LocalServer:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from lnjax.errors import CheckpointError, DeadlineExceeded, RolloutError
 from lnjax.rollout.client import Client, ServerFault, Unattested
-from lnjax.rollout.server import LocalServer, new_key, write_model
+from lnjax.rollout.server import LocalServer, model_folder, new_key, write_model
 from lnjax.schema import VllmConfig
 from lnjax.types import Completion, Prompt, SamplingParams, WeightVersion
 
@@ -78,7 +78,7 @@ class VllmEngine:
         """`model`: config.json of the policy. Servers start at once, in the background."""
         self._c, self._publisher, self._run_dir, self._note = c, publisher, run_dir, note
         self._key = new_key()
-        self._model = run_dir / "servers" / "model"
+        self._model = model_folder(publisher.root)
         write_model(self._model, config=model)
         self._current: WeightVersion | None = None
         self._faults = open(run_dir / "faults.jsonl", "a", encoding="utf-8")  # noqa: SIM115
