@@ -22,7 +22,7 @@ FLOORS = [
     {"evaluate", "sft", "grpo"},
     {"report"},
     {"train"},
-    {"launch", "convert"},
+    {"launch", "convert", "serve"},
 ]
 ROOMS = {"models", "learn", "ops", "data", "rollout", "rewards", "checkpoint"}
 NO_JAX = {"errors.py", "schema.py", "config.py", "sources.py", "launch.py"}
