@@ -12,11 +12,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from lnjax.errors import ConfigError
 from lnjax.schema import MeshConfig
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),  # rows of tokens, slots of the engine
-    "embed": "fsdp",  # model width of parameters
+    "positions": "context",  # tokens of a row inside attention, FFN and head
+    "residual": ("context", "tensor"),  # tokens of a row between them (sequence parallelism, arXiv 2205.05198)
+    "embed": ("fsdp", "context"),  # model width of parameters
     "heads": "tensor",  # query heads x head_dim, kv heads x head_dim
     "ffn": "tensor",
     "vocab": "tensor",
@@ -26,18 +28,19 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(c: MeshConfig, *, devices: Sequence[Any] | None = None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over all devices; one axis may be -1. Raises ConfigError when they do not fit."""
+    """A mesh of AXES over all devices; one axis may be -1. Raises ConfigError when they do not fit."""
     devices = jax.devices() if devices is None else list(devices)
-    sizes = [c.data, c.fsdp, c.tensor]
+    sizes = [getattr(c, axis) for axis in AXES]
     if sizes.count(-1) > 1:
-        raise ConfigError(f"mesh: only one axis may be -1, got data={c.data}, fsdp={c.fsdp}, tensor={c.tensor}")
+        named = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise ConfigError(f"mesh: only one axis may be -1, got {named}")
     rest = math.prod(s for s in sizes if s != -1)
     if -1 in sizes and rest > 0 and len(devices) % rest == 0:
         sizes[sizes.index(-1)] = len(devices) // rest
     if min(sizes) < 1 or math.prod(sizes) != len(devices):
         raise ConfigError(
-            f"mesh: data={c.data} x fsdp={c.fsdp} x tensor={c.tensor} does not make {len(devices)} devices; "
-            "change --mesh.* so that their product does"
+            f"mesh: data={c.data} x fsdp={c.fsdp} x context={c.context} x tensor={c.tensor} does not make "
+            f"{len(devices)} devices; change --mesh.* so that their product does"
         )
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -61,6 +64,12 @@ def axis_size(mesh: Mesh, logical: str) -> int:
     axes = RULES[logical]
     axes = (axes,) if isinstance(axes, str) else axes or ()
     return math.prod(mesh.shape[a] for a in axes)
+
+
+def positions_axis(mesh: Mesh, *, num_tokens: int, between_blocks: bool = False) -> str | None:
+    """Logical axis of a dim of `num_tokens` positions; where they do not divide (one decoded token), fewer devices share it."""
+    wanted = ("residual", "positions") if between_blocks else ("positions",)
+    return next((a for a in wanted if num_tokens % axis_size(mesh, a) == 0), None)
 
 
 def check_divisible(mesh: Mesh, *, name: str, shape: Sequence[int], logical: Sequence[str | None]) -> None:

@@ -104,8 +104,10 @@ class MeshConfig:
     """Replicas of the parameters; batch rows are split over them."""
     fsdp: int = -1
     """Shards of parameters and optimizer, rows split too. -1: all devices the other axes leave."""
+    context: int = 1
+    """Splits the positions of a row, and shards parameters and optimizer as fsdp does; attention gathers keys and values."""
     tensor: int = 1
-    """Splits heads, ffn width and vocabulary."""
+    """Splits heads, ffn width and vocabulary; between blocks also the positions of a row, where it divides them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

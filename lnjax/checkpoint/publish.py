@@ -153,7 +153,7 @@ class Publisher:
         key = (entry.stacked, entry.transposed, len(layout.shape), layout.axis, layout.parts)
         if key not in self._programs:
             axes, share = [], 1
-            for axis in ("tensor", "fsdp", "data"):
+            for axis in ("tensor", "fsdp", "context", "data"):
                 if layout.parts % (share * self._mesh.shape[axis]) == 0:
                     axes.append(axis)
                     share *= self._mesh.shape[axis]

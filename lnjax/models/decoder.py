@@ -8,7 +8,7 @@ Kernels are [in, out]; embedding and head are [V, D].
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from lnjax.mesh import check_divisible, constrain, sharding
+from lnjax.mesh import check_divisible, constrain, positions_axis, sharding
 from lnjax.models.spec import Run, runs
 from lnjax.ops.select import Ops
 from lnjax.schema import ModelSpec, RopeSpec
@@ -38,6 +38,18 @@ class Compute:
     remat: str = "none"
 
 
+def gather(x: Array, logical: Sequence[str | None], c: Compute) -> Array:
+    """A parameter in compute dtype, whole over the axes that shard its width. It is cast first: half the bytes to move."""
+    narrow = constrain(x.astype(c.dtype), c.ops.mesh, *logical)
+    return constrain(narrow, c.ops.mesh, *(a if a != "embed" else None for a in logical))
+
+
+def _place(x_BTD: Array, c: Compute, *, between_blocks: bool) -> Array:
+    """Activations over their devices: positions split over tensor too between blocks, whole over it inside."""
+    axis = positions_axis(c.ops.mesh, num_tokens=x_BTD.shape[1], between_blocks=between_blocks)
+    return constrain(x_BTD, c.ops.mesh, "batch", axis, None)
+
+
 class Kernels(nnx.Module):
     """Named parameters of one part, each with its logical axes; stacked over the run's layers."""
 
@@ -47,10 +59,13 @@ class Kernels(nnx.Module):
             setattr(self, name, nnx.Param(value, logical=logical))
 
     def use(self, name: str, c: Compute) -> Array:
-        """The kernel of one layer in compute dtype, gathered over fsdp (still split over tensor)."""
+        """The kernel of one layer in compute dtype, gathered over fsdp and context (still split over tensor)."""
         param = getattr(self, name)
-        logical = [a if a != "embed" else None for a in param.get_metadata()["logical"][1:]]
-        return constrain(param[...].astype(c.dtype), c.ops.mesh, *logical)
+        return gather(param[...], param.get_metadata()["logical"][1:], c)
+
+    def enter(self, x_BTD: Array, eps: float, c: Compute) -> Array:
+        """The normed residual stream, gathered over tensor."""
+        return _place(rms_norm(x_BTD, self.use("norm", c), eps=eps), c, between_blocks=False)
 
 
 class Attention(Kernels):
@@ -75,7 +90,7 @@ class Attention(Kernels):
         self.head_dim, self.eps = spec.head_dim, spec.rms_eps
 
     def __call__(self, x_BTD: Array, rope: tuple[Array, Array], attend: Attend, c: Compute) -> Array:
-        x = rms_norm(x_BTD, self.use("norm", c), eps=self.eps)
+        x = self.enter(x_BTD, self.eps, c)
         shape = (*x.shape[:-1], -1, self.head_dim)
         q, k, v = (c.ops.matmul(x, self.use(name, c)).reshape(shape) for name in ("q", "k", "v"))
         out = attend(rotate(q, rope), rotate(k, rope), v)
@@ -101,7 +116,7 @@ class Ffn(Kernels):
         self.eps = spec.rms_eps
 
     def __call__(self, x_BTD: Array, c: Compute) -> Array:
-        x = rms_norm(x_BTD, self.use("norm", c), eps=self.eps)
+        x = self.enter(x_BTD, self.eps, c)
         gated = jax.nn.silu(c.ops.matmul(x, self.use("gate", c))) * c.ops.matmul(x, self.use("up", c))
         return c.ops.matmul(gated, self.use("down", c))
 
@@ -117,9 +132,9 @@ class Blocks(nnx.Module):
 
     def __call__(self, x_BTD: Array, rope: tuple[Array, Array], attend: Attend, c: Compute) -> Array:
         if hasattr(self, "attention"):
-            x_BTD = constrain(x_BTD + self.attention(x_BTD, rope, attend, c), c.ops.mesh, "batch", None, None)
+            x_BTD = x_BTD + _place(self.attention(x_BTD, rope, attend, c), c, between_blocks=True)
         if hasattr(self, "ffn"):
-            x_BTD = constrain(x_BTD + self.ffn(x_BTD, c), c.ops.mesh, "batch", None, None)
+            x_BTD = x_BTD + _place(self.ffn(x_BTD, c), c, between_blocks=True)
         return x_BTD
 
 
@@ -252,8 +267,8 @@ class Model:
 
     def embed(self, params: Params, tokens_BT: Array) -> Array:
         c = self.compute
-        table = constrain(params["embed"].astype(c.dtype), c.ops.mesh, "vocab", None)
-        return constrain(table[tokens_BT], c.ops.mesh, "batch", None, None)
+        table = gather(params["embed"], ("vocab", "embed"), c)
+        return _place(table[tokens_BT], c, between_blocks=True)
 
     def final_norm(self, params: Params, x_BTD: Array) -> Array:
         return rms_norm(x_BTD, params["final_norm"].astype(self.compute.dtype), eps=self.spec.rms_eps)
@@ -261,15 +276,13 @@ class Model:
     def head_weight(self, params: Params) -> Array:
         """[V, D] in compute dtype, split over tensor only."""
         w = params["embed"] if self.spec.tied_embeddings else params["head"]
-        return constrain(w.astype(self.compute.dtype), self.compute.ops.mesh, "vocab", None)
+        return gather(w, ("vocab", "embed"), self.compute)
 
     def hidden(self, params: Params, tokens_BT: Array, positions_BT: Array, segments_BT: Array) -> Array:
         """Final-norm hidden states [B, T, D] of packed rows."""
         c, rope = self.compute, rope_tables(self.spec, positions_BT)
-        mesh = c.ops.mesh
 
         def attend(q, k, v):
-            q, k, v = (constrain(a, mesh, "batch", None, "heads", None) for a in (q, k, v))
             return c.ops.attention(q, k, v, segments_BT)
 
         x = self.embed(params, tokens_BT)
@@ -279,7 +292,8 @@ class Model:
             def layer(x, params_of_layer, graph=graph):
                 return nnx.merge(graph, params_of_layer)(x, rope, attend, c), None
 
-            x, _ = jax.lax.scan(_remat(layer, c.remat), x, layers)
+            length = len(jax.tree.leaves(layers)[0])
+            x, _ = jax.lax.scan(_remat(layer, c.remat, length=length), x, layers)
         return self.final_norm(params, x)
 
     def logprobs(self, params: Params, tokens_BT: Array, positions_BT: Array, segments_BT: Array, *, temperature=1.0):
@@ -297,9 +311,9 @@ class Model:
         return jnp.einsum("btd,vd->btv", x, self.head_weight(params), preferred_element_type=jnp.float32)
 
 
-def _remat(layer: Callable, policy: str) -> Callable:
+def _remat(layer: Callable, policy: str, *, length: int) -> Callable:
     if policy == "none":
         return layer
-    if policy == "dots":
-        return jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, prevent_cse=False)
-    return jax.checkpoint(layer, prevent_cse=False)
+    kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    # A loop keeps the compiler from merging the recomputation with the first pass; a loop over one layer is no loop.
+    return jax.checkpoint(layer, policy=kept, prevent_cse=length == 1)

@@ -4,7 +4,8 @@ Forward: blocks of vocabulary; each adds to a running log-sum-exp (online softma
 logits are computed again, p = exp(logits - logsumexp), and d logprob / d logits = onehot - p goes straight into the
 gradients of hidden states and head. Peak memory is one block of logits.
 
-With W split over the mesh's tensor axis each device runs its own rows of the vocabulary and the sums meet in a psum.
+With W split over the mesh's tensor axis each device runs its own rows of the vocabulary and the sums meet in a psum. The
+gradient of the hidden states leaves split over their positions, as the residual stream is.
 """
 
 import functools
@@ -15,11 +16,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from lnjax.mesh import RULES, axis_size
+from lnjax.mesh import RULES, axis_size, check_divisible, partition, positions_axis
 
 LOGITS_BLOCK_BYTES = 64 * 2**20
-ROWS = RULES["batch"]
-VOCAB = RULES["vocab"]
+VOCAB = "tensor"
+WIDTH = ("fsdp", "context")
+assert (RULES["vocab"], RULES["embed"]) == (VOCAB, WIDTH)
 
 
 class HeadOutput(NamedTuple):
@@ -30,7 +32,11 @@ class HeadOutput(NamedTuple):
 
 
 def head_xla(x_BTD: Array, w_VD: Array, targets_BT: Array, *, mesh: Mesh, temperature: float = 1.0) -> HeadOutput:
-    """x_BTD: hidden states that predict `targets_BT`; w_VD: head (or tied embedding) in the compute dtype."""
+    """x_BTD: hidden states that predict `targets_BT`; w_VD: head (or tied embedding) in the compute dtype.
+
+    Raises ConfigError for rows that do not divide over the mesh.
+    """
+    check_divisible(mesh, name="packed rows", shape=targets_BT.shape, logical=("batch", "positions"))
     logprobs, entropy = _head(x_BTD, w_VD, targets_BT, mesh, float(temperature))
     return HeadOutput(logprobs, jax.lax.stop_gradient(entropy))
 
@@ -105,7 +111,7 @@ def _forward(x_BTD, w_VD, targets_BT, *, mesh: Mesh, temperature: float):
         lse = top + jnp.log(total)
         return tuple(a.reshape(shape) for a in (picked - lse, lse - weighted / total, lse))
 
-    rows = PartitionSpec(ROWS)
+    rows = partition("batch", "positions")
     run = jax.shard_map(
         local,
         mesh=mesh,
@@ -118,7 +124,8 @@ def _forward(x_BTD, w_VD, targets_BT, *, mesh: Mesh, temperature: float):
 
 def _backward(x_BTD, w_VD, targets_BT, lse_BT, g_BT, *, mesh: Mesh, temperature: float):
     shards = axis_size(mesh, "vocab")
-    d_split = mesh.shape["fsdp"] > 1 and w_VD.shape[1] % mesh.shape["fsdp"] == 0
+    between = positions_axis(mesh, num_tokens=targets_BT.shape[1], between_blocks=True)
+    width = WIDTH if w_VD.shape[1] % axis_size(mesh, "embed") == 0 else None
 
     def local(x_btd, w, targets_bt, lse_bt, g_bt):
         x, targets, lse = x_btd.reshape(-1, x_btd.shape[-1]), targets_bt.reshape(-1), lse_bt.reshape(-1)
@@ -139,22 +146,24 @@ def _backward(x_BTD, w_VD, targets_BT, lse_BT, g_BT, *, mesh: Mesh, temperature:
 
         init = (jnp.zeros(x.shape, jnp.float32), jnp.zeros(w.shape, jnp.float32))
         dx, dw = jax.lax.fori_loop(0, -(-w.shape[0] // block), body, init)
-        if shards > 1:
+        dx = dx.reshape(x_btd.shape)
+        if shards > 1 and between == "residual":
+            dx = jax.lax.psum_scatter(dx, VOCAB, scatter_dimension=1, tiled=True)
+        elif shards > 1:
             dx = jax.lax.psum(dx, VOCAB)
-        if mesh.shape["data"] > 1:
-            dw = jax.lax.psum(dw, "data")
-        if d_split:
-            dw = jax.lax.psum_scatter(dw, "fsdp", scatter_dimension=1, tiled=True)
-        elif mesh.shape["fsdp"] > 1:
-            dw = jax.lax.psum(dw, "fsdp")
-        return dx.reshape(x_btd.shape).astype(x.dtype), dw.astype(w.dtype)
+        dw = jax.lax.psum(dw, "data")
+        if width:
+            dw = jax.lax.psum_scatter(dw, width, scatter_dimension=1, tiled=True)
+        else:
+            dw = jax.lax.psum(dw, WIDTH)
+        return dx.astype(x.dtype), dw.astype(w.dtype)
 
-    rows = PartitionSpec(ROWS)
+    rows = partition("batch", "positions")
     run = jax.shard_map(
         local,
         mesh=mesh,
         in_specs=(rows, PartitionSpec(VOCAB), rows, rows, rows),
-        out_specs=(rows, PartitionSpec(VOCAB, "fsdp" if d_split else None)),
+        out_specs=(partition("batch", between), PartitionSpec(VOCAB, width)),
         check_vma=False,
     )
     return run(x_BTD, w_VD, targets_BT, lse_BT, g_BT)

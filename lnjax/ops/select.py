@@ -9,7 +9,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from lnjax.errors import KernelUnavailable
-from lnjax.ops.attention import attention_xla
+from lnjax.ops.attention import attention_sharded, attention_xla
 from lnjax.ops.head import HeadOutput, head_xla
 from lnjax.schema import OpsConfig
 
@@ -47,7 +47,7 @@ def matmul_xla(x: Array, w: Array) -> Array:
 def select_ops(c: OpsConfig, *, mesh: Mesh) -> Ops:
     """Raises KernelUnavailable for a name that cannot run here."""
     matmuls = {"xla": matmul_xla}
-    attentions = {"xla": attention_xla}
+    attentions = {"xla": functools.partial(attention_sharded, kernel=attention_xla, mesh=mesh)}
     heads = {"xla": functools.partial(head_xla, mesh=mesh)}
     for kind, name, known in (
         ("matmul", c.matmul, matmuls),
