@@ -99,7 +99,7 @@ def run(b: Built, r: Resources, c: GrpoConfig, *, stage: Stage, start: Position)
                 values = _combine(jax.device_get(stats)) | values
                 updates += len(batches)
             values["prompts_taken"] = rollouts.cursor["next"]
-            values["update_tokens"] = sum(len(s.token_ids) for part in parts for s in part)
+            values["update_tokens"] = sum(len(s.token_ids) for part in parts for group in part for s in group)
             check_update("grpo", rl_step, values, max_skipped_in_a_row=c.optimizer.max_skipped_in_a_row)
             # 6 publish: returns once the engine serves these weights, else raises
             with r.log.phase("publish"):
@@ -112,10 +112,12 @@ def run(b: Built, r: Resources, c: GrpoConfig, *, stage: Stage, start: Position)
     return state.params
 
 
-def credit(groups: Sequence[RolloutGroup], *, c: GrpoConfig) -> list[Sample]:
-    """Each rollout as prompt and completion with its advantage; overlong ones are left out where filtered."""
-    samples = []
+def credit(groups: Sequence[RolloutGroup], *, c: GrpoConfig) -> list[list[Sample]]:
+    """Each rollout as prompt and completion with its advantage, by group; overlong ones are left out where filtered."""
+    found = []
     for group in groups:
+        samples: list[Sample] = []
+        found.append(samples)
         rewards = [x.score.reward for x in group.rollouts]
         finished = [x.completion.finished for x in group.rollouts]
         advantages = group_advantages(rewards, finished, c=c.advantage)
@@ -131,28 +133,28 @@ def credit(groups: Sequence[RolloutGroup], *, c: GrpoConfig) -> list[Sample]:
                     advantage=float(advantage),
                 )
             )
-    return samples
+    return found
 
 
-def pack_part(samples: Sequence[Sample], *, c: GrpoConfig, first: bool) -> list[RlBatch]:
-    """Microbatches (host arrays) of one update."""
-    packing = pack(samples, c=c.pack)
+def pack_part(groups: Sequence[Sequence[Sample]], *, c: GrpoConfig, first: bool) -> list[RlBatch]:
+    """Microbatches (host arrays) of one update. The samples of a group share their prompt's tokens."""
+    packing = pack(groups, c=c.pack)
     weights, count_B = [], np.zeros((packing.num_rows,), np.float32)
-    for sample, (row, _, _) in zip(samples, packing.places, strict=True):
+    for sample, place in zip(packing.samples, packing.places, strict=True):
         weight, count = loss_weight(
             num_tokens=sum(sample.loss_mask),
             aggregation=c.loss.aggregation,
             max_new_tokens=c.sampling.max_new_tokens,
         )
         weights.append(weight)
-        count_B[row] += count
+        count_B[place.row] += count
     packed = packing.batch()
     zeros = np.zeros_like(packed.loss_mask_BT)
     fields: dict[str, Any] = {
-        "advantages_BT": packing.scatter([s.advantage for s in samples], masked=True),
+        "advantages_BT": packing.scatter([s.advantage for s in packing.samples], masked=True),
         "weights_BT": packing.scatter(weights, masked=True),
         "count_B": count_B,
-        "sampler_logprobs_BT": packing.scatter([s.sampler_logprobs for s in samples]),
+        "sampler_logprobs_BT": packing.scatter([s.sampler_logprobs for s in packing.samples]),
         "old_logprobs_BT": zeros,
         "ref_logprobs_BT": zeros,
         "on_policy": np.asarray(first),

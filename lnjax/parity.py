@@ -88,15 +88,15 @@ class Parity:
             temperature = self._c.sampling.temperature
         sequences = [x.prompt.token_ids + x.completion.token_ids for x in chosen]
         samples = [Sample(x, (0,) * len(x)) for x in sequences]
-        packing = pack(samples, c=self._c.pack)
+        packing = pack([[s] for s in samples], c=self._c.pack)
         rows = microbatches(packing.batch(), rows=self._c.pack.microbatch_rows)
         scored = np.concatenate(
             [np.asarray(self._logprobs(params, put_rows(self._b.mesh, x), temperature=temperature)) for x in rows]
         )
         found = []
-        for sample, rollout, (row, start, _) in zip(samples, chosen, packing.places, strict=True):
-            first = start + len(rollout.prompt.token_ids)
-            found.append(scored[row, first : start + len(sample.token_ids)].astype(np.float64))
+        for rollout, place in zip(chosen, packing.places, strict=True):
+            columns = place.columns[len(rollout.prompt.token_ids) :]
+            found.append(scored[place.row, columns].astype(np.float64))
         return found
 
     def _stop(

@@ -109,6 +109,11 @@ class Sample:
     advantage: float = 0.0
 
 
+BRANCH = 1 << 16
+"""A segment id is segment + branch * BRANCH. Branch 0 is the trunk; a token sees its own branch and its segment's trunk, so
+completions of one prompt share the prompt's tokens in a row."""
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
@@ -119,7 +124,7 @@ class PackedBatch:
     positions_BT: Array
     """int32; position inside the segment."""
     segment_ids_BT: Array
-    """int32; 1, 2, … inside a row, 0 is padding."""
+    """int32; 1, 2, … inside a row, 0 is padding; branches of a segment as BRANCH says."""
     loss_mask_BT: Array
     """float32; 1 where this token is a target (predicted from the one before it), else 0."""
 

