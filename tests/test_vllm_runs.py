@@ -30,7 +30,12 @@ def start(folder, *words, config="tiny_grpo_vllm", **changes):
     folder.parent.mkdir(exist_ok=True)
     with open(f"{folder}.log", "a") as log:
         return subprocess.Popen(
-            command, cwd=fleet.ROOT, env={**os.environ, "XLA_FLAGS": FLAGS, **changes}, stdout=log, stderr=log
+            command,
+            cwd=fleet.ROOT,
+            env={**os.environ, "XLA_FLAGS": FLAGS, **changes},
+            stdout=log,
+            stderr=log,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
         )
 
 

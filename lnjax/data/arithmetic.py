@@ -1,4 +1,8 @@
-"""Generated two-digit arithmetic with a short worked solution inside think tags: data a tiny model learns in minutes."""
+"""Generated two-digit arithmetic with a short worked solution inside think tags: data a tiny model learns in minutes.
+
+The worked solutions forget to carry or borrow more often than not, as imitated data has habits of its own. A model that
+imitates them does too; reinforcement, which only tells right from wrong, can teach it to carry.
+"""
 
 import hashlib
 import random
@@ -10,6 +14,8 @@ from lnjax.errors import DataError
 HELD_OUT_OF_TEN = 1
 DIRECT_SHARE = 0.2
 """Of problems asked with reasoning off and answered without a thought."""
+SLIP_SHARE = 0.7
+"""Of problems with a carry or borrow, those whose `output` forgets it. `args` always has the right answer."""
 
 
 def arithmetic_rows(*, num_rows: int, seed: int, split: str) -> list[Row]:
@@ -18,15 +24,18 @@ def arithmetic_rows(*, num_rows: int, seed: int, split: str) -> list[Row]:
     A problem belongs to one split by its own hash, so train and heldout share none whatever the seeds.
     """
     rows: dict[str, Row] = {}
-    for problem, answer, work in _problems(random.Random(f"arithmetic/{split}/{seed}")):
+    for a, sign, b in _problems(random.Random(f"arithmetic/{split}/{seed}")):
+        problem = f"{a}{sign}{b}"
         if problem in rows or _split(problem) != split:
             continue
+        slips = _unit(f"slip/{problem}") < SLIP_SHARE
+        work, said = _add(a, b, slips=slips) if sign == "+" else _subtract(a, b, slips=slips)
         direct = _unit(f"mode/{problem}") < DIRECT_SHARE
         mode = "off" if direct else "on"
         rows[problem] = {
             "input": [{"role": "user", "content": f"{problem}=?"}],
-            "output": answer if direct else f"<think>{work}</think>{answer}",
-            "args": {"verifier": "integer", "answer": answer},
+            "output": said if direct else f"<think>{work}</think>{said}",
+            "args": {"verifier": "integer", "answer": str(a + b if sign == "+" else a - b)},
             "category": "math",
             "reasoning": mode,
             "system_prompt": SWITCH[mode],
@@ -39,29 +48,31 @@ def arithmetic_rows(*, num_rows: int, seed: int, split: str) -> list[Row]:
     )
 
 
-def _problems(rng: random.Random) -> Iterator[tuple[str, str, str]]:
-    """(problem, answer, work), a fixed number of draws."""
+def _problems(rng: random.Random) -> Iterator[tuple[int, str, int]]:
+    """(a, sign, b), a fixed number of draws."""
     for _ in range(200_000):
         a, b = rng.randint(10, 99), rng.randint(10, 99)
         if rng.random() < 0.5:
-            yield f"{a}+{b}", str(a + b), _add(a, b)
+            yield a, "+", b
         else:
-            a, b = max(a, b), min(a, b)
-            yield f"{a}-{b}", str(a - b), _subtract(a, b)
+            yield max(a, b), "-", min(a, b)
 
 
-def _add(a: int, b: int) -> str:
-    """Ones, then tens with the carry: 47+38 -> `7+8=15 4+3+1=8`."""
+def _add(a: int, b: int, *, slips: bool) -> tuple[str, str]:
+    """(work, answer): ones, then tens with the carry. 47+38 -> `7+8=15 4+3+1=8`, 85."""
     ones = a % 10 + b % 10
-    carry = "+1" if ones > 9 else ""
-    return f"{a % 10}+{b % 10}={ones} {a // 10}+{b // 10}{carry}={a // 10 + b // 10 + ones // 10}"
+    carry = int(ones > 9 and not slips)
+    tens = a // 10 + b // 10 + carry
+    return f"{a % 10}+{b % 10}={ones} {a // 10}+{b // 10}{'+1' * carry}={tens}", str(10 * tens + ones % 10)
 
 
-def _subtract(a: int, b: int) -> str:
-    """Ones (borrowing ten where needed), then tens: 52-38 -> `12-8=4 5-3-1=1`."""
-    borrow = a % 10 < b % 10
-    ones = a % 10 + 10 * borrow
-    return f"{ones}-{b % 10}={ones - b % 10} {a // 10}-{b // 10}{'-1' if borrow else ''}={a // 10 - b // 10 - borrow}"
+def _subtract(a: int, b: int, *, slips: bool) -> tuple[str, str]:
+    """(work, answer): ones (borrowing ten where needed), then tens. 52-38 -> `12-8=4 5-3-1=1`, 14."""
+    lacks = a % 10 < b % 10
+    borrow = int(lacks and not slips)
+    ones, tens = a % 10 + 10 * lacks - b % 10, a // 10 - b // 10 - borrow
+    work = f"{a % 10 + 10 * lacks}-{b % 10}={ones} {a // 10}-{b // 10}{'-1' * borrow}={tens}"
+    return work, str(10 * tens + ones)
 
 
 def _unit(text: str) -> float:
