@@ -87,7 +87,7 @@ class ModelConfig:
     """Weights: `random` (needs spec), a folder in Hugging Face format, the folder of an earlier run, a .gguf file, or
     `package:NAME/FILE.gguf` for a file that an installed Python package ships."""
     spec: Annotated[ModelSpec | None, tyro.conf.Suppress] = None
-    """Architecture for source=random; read from the checkpoint otherwise."""
+    """Architecture: needed for source=random, else what the checkpoint must have. None: whatever it has."""
     tokenizer: str = "same"
     """`same` as source, another folder or .gguf, or `arithmetic` (built in: single characters with Llama-3 headers)."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
