@@ -9,6 +9,7 @@ from lnjax.models.family import family
 from lnjax.schema import (
     AdvantageConfig,
     CheckpointConfig,
+    CurriculumConfig,
     EvalConfig,
     GrpoConfig,
     GrpoLossConfig,
@@ -44,6 +45,9 @@ def config() -> RunConfig:
         reward=RewardConfig(num_workers=32, format="think"),  # chosen; report 5.1: format reward
         grpo=GrpoConfig(
             prompts=PromptConfig(source="data/RL/reasoning/reasoning.jsonl", max_prompt_tokens=2_048),  # chosen
+            # Report 5.1: drop pass rates of 0.75 and above (8 samples of Super each), Gaussian target from easy to hard.
+            # Chosen: from 5/8, the easiest left, to 0; one bin of the 8 samples wide; over the whole run.
+            curriculum=CurriculumConfig(drop_at=0.75, start=0.625, end=0.0, sigma=0.125, bins=8, batches=500),
             prompts_per_step=72,  # report 5.1
             samples_per_prompt=16,  # report 5.1
             steps=500,  # report, figure 5: about 500

@@ -249,6 +249,10 @@ def _validate_grpo(c: RunConfig) -> None:
             f"grpo.max_staleness={g.max_staleness}, grpo.loss.importance_cap={g.loss.importance_cap:g}; stale tokens need a "
             "positive cap on their importance weights (2 is usual)"
         )
+    if g.curriculum:
+        _positive(c, {"grpo.curriculum.sigma", "grpo.curriculum.bins", "grpo.curriculum.drop_at"})
+        if g.curriculum.batches < 0:
+            raise ConfigError(f"grpo.curriculum.batches={g.curriculum.batches} must be positive, or 0 for all prompts")
     if g.samples_per_prompt < 2:
         raise ConfigError("grpo.samples_per_prompt must be at least 2: advantages compare the samples of a prompt")
     longest = g.prompts.max_prompt_tokens + g.sampling.max_new_tokens

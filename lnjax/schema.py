@@ -260,6 +260,24 @@ class PromptConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CurriculumConfig:
+    """Prompts from easy to hard by their measured pass rates; the algorithm stands in lnjax/data/curriculum.py."""
+
+    drop_at: float = 0.75
+    """Prompts of this pass rate and above are left out."""
+    start: float = 0.625
+    """Centre of the first batch's target over pass rates."""
+    end: float = 0.0
+    """Centre of the last batch's."""
+    sigma: float = 0.125
+    """Width of the target, in pass rate."""
+    bins: int = 8
+    """Steps between pass rates 0 and 1; as many as samples measured each."""
+    batches: int = 0
+    """Batches over which the centre moves; 0: as many as the prompts fill. With more prompts it stays at the end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvalConfig:
     prompts: PromptConfig
     num_samples: int = 1
@@ -333,6 +351,8 @@ class GrpoConfig:
     """Group-relative policy optimization with a rollout engine and verifiers."""
 
     prompts: PromptConfig
+    curriculum: CurriculumConfig | None = None
+    """Order of the prompts; None: a new random one every epoch."""
     prompts_per_step: int
     """P: prompts of one rl_step."""
     samples_per_prompt: int

@@ -16,6 +16,7 @@ from lnjax.config import check_run_dir, config_hash, save_config
 from lnjax.data.chat import lint_template
 from lnjax.data.streams import build_prompt_stream
 from lnjax.evaluate import EvalResult, evaluate
+from lnjax.fit import check_fits
 from lnjax.metrics import MetricsLog, peak_memory_bytes, write_json
 from lnjax.models.hf import hf_config
 from lnjax.report import plot_run
@@ -33,6 +34,7 @@ def stages_of(c: RunConfig) -> list[tuple[str, Any]]:
 
 def check(c: RunConfig, run_dir: Path) -> str:
     """Validate all that can be without training: files, tokenizer, template, data, mesh, shapes. Returns a report."""
+    check_fits(c)
     b = build(c, run_dir)
     lint_template(b.tokenizer)
     lines = [
@@ -50,6 +52,7 @@ def check(c: RunConfig, run_dir: Path) -> str:
 
 def run(c: RunConfig, run_dir: Path) -> dict[str, Any]:
     """Train; returns what it wrote into summary.json. A folder with checkpoints of the same config is resumed."""
+    check_fits(c)
     b = build(c, run_dir)
     lint_template(b.tokenizer)
     streams = _streams(b)

@@ -17,7 +17,7 @@ FLOORS = [
     {"ops"},
     {"models", "learn"},
     {"data", "rollout", "rewards", "checkpoint"},
-    {"build", "score", "stage"},
+    {"build", "score", "stage", "fit"},
     {"source", "parity"},
     {"evaluate", "sft", "grpo"},
     {"report"},

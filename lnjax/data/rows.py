@@ -94,7 +94,15 @@ def to_prompt(row: Row, *, where: str, tokenizer: Tokenizer, max_tokens: int, sy
         args=args,
         text=messages[-1]["content"],
         reasoning=row.get("reasoning", "off") == "on",
+        pass_rate=_pass_rate(row, where=where),
     )
+
+
+def _pass_rate(row: Row, *, where: str) -> float | None:
+    rate = row.get("pass_rate")
+    if rate is not None and not (isinstance(rate, int | float) and 0 <= rate <= 1):
+        raise DataError(f"{where}: pass_rate={rate!r:.40}, expected a number from 0 to 1")
+    return rate
 
 
 def _verifier(args: Mapping[str, Any], *, where: str) -> str:
