@@ -13,6 +13,7 @@ from lnjax.schema import (
     EvalConfig,
     GrpoConfig,
     GrpoLossConfig,
+    JudgeConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
@@ -42,9 +43,19 @@ def config() -> RunConfig:
             start_deadline_s=3_600.0,  # chosen: 507 GB of weights for each server
             request_deadline_s=7_200.0,  # chosen: 14,336 tokens at 2 a second
         ),
-        reward=RewardConfig(num_workers=32, format="think"),  # chosen; report 5.1: format reward
+        reward=RewardConfig(
+            num_workers=32,  # chosen
+            format="think",  # report 5.1
+            judge=JudgeConfig(
+                address="http://judge:8000",  # yours: an OpenAI-compatible server of the next
+                model="Llama-3.3-70B-Instruct",  # report 5.1
+                concurrency=128,  # chosen, as the deadline, the retries and the rule before it
+            ),
+        ),
         grpo=GrpoConfig(
-            prompts=PromptConfig(source="data/RL/reasoning/reasoning.jsonl", max_prompt_tokens=2_048),  # chosen
+            prompts=PromptConfig(
+                source="data/RL/reasoning/reasoning.jsonl", verifier="judge", max_prompt_tokens=2_048
+            ),  # chosen
             # Report 5.1: drop pass rates of 0.75 and above (8 samples of Super each), Gaussian target from easy to hard.
             # Chosen: from 5/8, the easiest left, to 0; one bin of the 8 samples wide; over the whole run.
             curriculum=CurriculumConfig(drop_at=0.75, start=0.625, end=0.0, sigma=0.125, bins=8, batches=500),
@@ -73,7 +84,9 @@ def config() -> RunConfig:
             ),
         ),
         eval=EvalConfig(  # report, figure 5: GPQA-Diamond, mean of 4 samples
-            prompts=PromptConfig(source="data/eval/gpqa_diamond.jsonl", num_prompts=198, max_prompt_tokens=2_048),
+            prompts=PromptConfig(
+                source="data/eval/gpqa_diamond.jsonl", num_prompts=198, verifier="judge", max_prompt_tokens=2_048
+            ),
             num_samples=4,
             sampling=SamplingConfig(temperature=0.6, top_p=0.95, max_new_tokens=14_336),  # report 7; length as above
         ),

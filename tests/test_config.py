@@ -130,11 +130,13 @@ def test_a_run_folder_of_another_config_is_refused_and_says_what_differs(tmp_pat
     assert json.loads((tmp_path / "config.json").read_text())["hash"] == config_hash(config)
 
 
-def test_every_knob_is_documented_in_help(capsys):
+@pytest.mark.parametrize("name", ["tiny_grpo", "ultra_grpo"])
+def test_every_knob_is_documented_in_help(capsys, name):
     with pytest.raises(SystemExit) as stop:
-        parse(["--config", "tiny_grpo", "--help"])
+        parse(["--config", name, "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    keys = [k for k in flat(to_dict(load_config("tiny_grpo"))) if not k.startswith("model.spec")]
+    values = flat(to_dict(load_config(name)))
+    keys = [k for k, v in values.items() if not k.startswith("model.spec") and v is not None]
     missing = [k for k in keys if "--" + k.replace("_", "-") not in text]
     assert missing == []

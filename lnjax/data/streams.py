@@ -96,7 +96,12 @@ def build_prompt_stream(
         for where, row in rows:
             prompts.append(
                 to_prompt(
-                    row, where=where, tokenizer=tokenizer, max_tokens=c.max_prompt_tokens, system_prompt=c.system_prompt
+                    row,
+                    where=where,
+                    tokenizer=tokenizer,
+                    max_tokens=c.max_prompt_tokens,
+                    system_prompt=c.system_prompt,
+                    verifier=c.verifier,
                 )
             )
             advance(1)
