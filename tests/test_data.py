@@ -205,21 +205,19 @@ def test_generated_sources_are_reproducible_and_their_splits_share_nothing():
         assert not texts & {json.dumps(r["args"]) + r["input"][0]["content"] for r in held}
 
 
-def test_worked_arithmetic_asks_for_the_right_answer_and_forgets_the_carry_in_seven_of_ten():
-    wrong, carries = 0, 0
+def test_worked_arithmetic_is_right_and_half_of_it_answers_in_a_sentence():
+    sentences = 0
     for row in arithmetic_rows(num_rows=1000, seed=3, split="train"):
         a, op, b = row["input"][0]["content"].removesuffix("=?").replace("+", " + ").replace("-", " - ").split()
         value = int(a) + int(b) if op == "+" else int(a) - int(b)
         assert row["args"] == {"verifier": "integer", "answer": str(value)}
-        carry = int(a) % 10 + int(b) % 10 > 9 if op == "+" else int(a) % 10 < int(b) % 10
-        carries += carry
         thought, _, answer = row["output"].rpartition("</think>")
-        assert int(answer) in ((value, value - 10, value + 10) if carry else (value,))
-        wrong += int(answer) != value
+        assert answer in (f"{value}", f"it is {value}.")
+        sentences += answer != str(value)
         for step in thought.removeprefix("<think>").split():
             left, right = step.split("=")
             assert eval(left) == int(right)
-    assert abs(wrong / carries - 0.7) < 0.05
+    assert abs(sentences / 1000 - 0.5) < 0.05
 
 
 def sample(size: int, start: int = 100) -> Sample:

@@ -1,7 +1,7 @@
 """Generated two-digit arithmetic with a short worked solution inside think tags: data a tiny model learns in minutes.
 
-The worked solutions forget to carry or borrow more often than not, as imitated data has habits of its own. A model that
-imitates them does too; reinforcement, which only tells right from wrong, can teach it to carry.
+Half of the outputs answer in a sentence, as imitated data has habits of its own, where the verifier wants the bare number.
+A model that imitates them does both; reinforcement teaches it which of the two is asked for.
 """
 
 import hashlib
@@ -14,8 +14,8 @@ from lnjax.errors import DataError
 HELD_OUT_OF_TEN = 1
 DIRECT_SHARE = 0.2
 """Of problems asked with reasoning off and answered without a thought."""
-SLIP_SHARE = 0.7
-"""Of problems with a carry or borrow, those whose `output` forgets it. `args` always has the right answer."""
+SENTENCE_SHARE = 0.5
+"""Of problems whose `output` ends in `it is 85.` instead of `85`."""
 
 
 def arithmetic_rows(*, num_rows: int, seed: int, split: str) -> list[Row]:
@@ -28,14 +28,14 @@ def arithmetic_rows(*, num_rows: int, seed: int, split: str) -> list[Row]:
         problem = f"{a}{sign}{b}"
         if problem in rows or _split(problem) != split:
             continue
-        slips = _unit(f"slip/{problem}") < SLIP_SHARE
-        work, said = _add(a, b, slips=slips) if sign == "+" else _subtract(a, b, slips=slips)
+        work, answer = (_add(a, b), str(a + b)) if sign == "+" else (_subtract(a, b), str(a - b))
+        said = f"it is {answer}." if _unit(f"style/{problem}") < SENTENCE_SHARE else answer
         direct = _unit(f"mode/{problem}") < DIRECT_SHARE
         mode = "off" if direct else "on"
         rows[problem] = {
             "input": [{"role": "user", "content": f"{problem}=?"}],
             "output": said if direct else f"<think>{work}</think>{said}",
-            "args": {"verifier": "integer", "answer": str(a + b if sign == "+" else a - b)},
+            "args": {"verifier": "integer", "answer": answer},
             "category": "math",
             "reasoning": mode,
             "pass_rate": pass_rate(problem),
@@ -66,21 +66,18 @@ def _problems(rng: random.Random) -> Iterator[tuple[int, str, int]]:
             yield max(a, b), "-", min(a, b)
 
 
-def _add(a: int, b: int, *, slips: bool) -> tuple[str, str]:
-    """(work, answer): ones, then tens with the carry. 47+38 -> `7+8=15 4+3+1=8`, 85."""
+def _add(a: int, b: int) -> str:
+    """Ones, then tens with the carry: 47+38 -> `7+8=15 4+3+1=8`."""
     ones = a % 10 + b % 10
-    carry = int(ones > 9 and not slips)
-    tens = a // 10 + b // 10 + carry
-    return f"{a % 10}+{b % 10}={ones} {a // 10}+{b // 10}{'+1' * carry}={tens}", str(10 * tens + ones % 10)
+    carry = "+1" if ones > 9 else ""
+    return f"{a % 10}+{b % 10}={ones} {a // 10}+{b // 10}{carry}={a // 10 + b // 10 + ones // 10}"
 
 
-def _subtract(a: int, b: int, *, slips: bool) -> tuple[str, str]:
-    """(work, answer): ones (borrowing ten where needed), then tens. 52-38 -> `12-8=4 5-3-1=1`, 14."""
-    lacks = a % 10 < b % 10
-    borrow = int(lacks and not slips)
-    ones, tens = a % 10 + 10 * lacks - b % 10, a // 10 - b // 10 - borrow
-    work = f"{a % 10 + 10 * lacks}-{b % 10}={ones} {a // 10}-{b // 10}{'-1' * borrow}={tens}"
-    return work, str(10 * tens + ones)
+def _subtract(a: int, b: int) -> str:
+    """Ones (borrowing ten where needed), then tens: 52-38 -> `12-8=4 5-3-1=1`."""
+    borrow = a % 10 < b % 10
+    ones = a % 10 + 10 * borrow
+    return f"{ones}-{b % 10}={ones - b % 10} {a // 10}-{b // 10}{'-1' if borrow else ''}={a // 10 - b // 10 - borrow}"
 
 
 def _unit(text: str) -> float:
