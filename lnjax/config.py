@@ -20,7 +20,11 @@ from lnjax.errors import ConfigError
 from lnjax.schema import RunConfig, VllmConfig
 
 MARKS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-FREE_ON_RESUME = ("sft.steps", "grpo.steps", "checkpoint.every", "checkpoint.keep", "checkpoint.export_hf")
+FREE_ON_RESUME = (
+    *("sft.steps", "grpo.steps", "checkpoint.every", "checkpoint.keep", "checkpoint.export_hf"),
+    *("mesh.data", "mesh.fsdp", "mesh.tensor"),  # a checkpoint restores on any mesh
+    *("cluster.start_deadline_s", "cluster.heartbeat_s", "cluster.step_deadline_s"),
+)
 """Keys a resumed run may change."""
 USAGE = "usage: python -m lnjax.launch --config NAME [--run-dir DIR] [--dry-run] [--any.key value ...] [--help]"
 

@@ -12,7 +12,8 @@ PACKAGE = ROOT / "lnjax"
 FLOORS = [
     {"errors"},
     {"schema"},
-    {"types", "config"},
+    {"types", "config", "distributed"},
+    {"alive"},
     {"mesh", "metrics", "health", "sources"},
     {"ops"},
     {"models", "learn"},
@@ -25,7 +26,7 @@ FLOORS = [
     {"launch", "convert"},
 ]
 ROOMS = {"models", "learn", "ops", "data", "rollout", "rewards", "checkpoint"}
-NO_JAX = {"errors.py", "schema.py", "config.py", "sources.py", "launch.py"}
+NO_JAX = {"errors.py", "schema.py", "config.py", "sources.py", "launch.py", "distributed.py", "alive.py"}
 GUESTS = {
     "transformer_engine": "ops",
     "orbax": "checkpoint",
