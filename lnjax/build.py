@@ -20,6 +20,7 @@ from lnjax.models.decoder import Compute, Model
 from lnjax.models.hf import hf_config
 from lnjax.ops.select import select_ops
 from lnjax.rollout.embedded import EmbeddedEngine
+from lnjax.rollout.first import FirstEngine
 from lnjax.rollout.vllm import VllmEngine
 from lnjax.schema import EmbeddedConfig, ModelConfig, RunConfig, SamplingConfig
 from lnjax.types import RolloutEngine, SamplingParams
@@ -72,6 +73,11 @@ def tokenizer_source(c: ModelConfig) -> str:
 def build(c: RunConfig, run_dir: Path) -> Built:
     """Mesh, kernels, architecture, tokenizer. Reads no weights."""
     mesh = make_mesh(c.mesh)
+    if c.grpo and c.grpo.max_staleness and isinstance(c.engine, EmbeddedConfig) and jax.process_count() > 1:
+        raise ConfigError(
+            f"grpo.max_staleness={c.grpo.max_staleness}: the embedded engine cannot sample beside updates in a run of "
+            f"{jax.process_count()} processes, whose programs must run in one order; use 0, one process, or vLLM servers"
+        )
     if c.model.source == "random":
         if c.model.spec is None:
             raise ConfigError("model.source=random needs model.spec; give one in the config or another --model.source")
@@ -111,5 +117,10 @@ def build_engine(b: Built, *, note: Callable[[str], None]) -> tuple[RolloutEngin
         deadline_s=c.swap_deadline_s,
         tensor_parallel=c.tensor_parallel,
     )
-    config = hf_config(b.model.spec, dtype=c.dtype)
-    return VllmEngine(c, publisher=publisher, model=config, run_dir=b.run_dir, note=note), publisher
+    engine = None
+    if jax.process_index() == 0:
+        config = hf_config(b.model.spec, dtype=c.dtype)
+        engine = VllmEngine(c, publisher=publisher, model=config, run_dir=b.run_dir, note=note)
+        if jax.process_count() == 1:
+            return engine, publisher
+    return FirstEngine(engine, publisher=publisher, deadline_s=b.config.cluster.step_deadline_s), publisher

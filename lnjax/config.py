@@ -26,7 +26,10 @@ FREE_ON_RESUME = (
     *("cluster.start_deadline_s", "cluster.heartbeat_s", "cluster.step_deadline_s"),
 )
 """Keys a resumed run may change."""
-USAGE = "usage: python -m lnjax.launch --config NAME [--run-dir DIR] [--dry-run] [--any.key value ...] [--help]"
+USAGE = (
+    "usage: python -m lnjax.launch --config NAME [--run-dir DIR] [--dry-run] [--slurm nodes=N ... [--print]] "
+    "[--any.key value ...] [--help]"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,14 @@ class Job:
     config: RunConfig
     run_dir: Path
     dry_run: bool
+    name: str
+    """As given: a name or a path."""
+    overrides: tuple[str, ...]
+    """`--key value` words, as given."""
+    slurm: tuple[str, ...] | None
+    """`key=value` words after --slurm; None: run here."""
+    print_only: bool
+    """Show the SLURM script instead of submitting it."""
 
 
 def config_names() -> list[str]:
@@ -48,7 +59,7 @@ def load_config(name: str) -> RunConfig:
     """`configs/NAME.py`, or a path to a .py file with a function config(). Raises ConfigError with the nearest name."""
     path = Path(name) if name.endswith(".py") else _configs_folder() / f"{name}.py"
     if not path.is_file():
-        raise ConfigError(f"no config {name!r}{_nearest(name, config_names())}; there are {', '.join(config_names())}")
+        raise ConfigError(f"no config {name!r}{nearest(name, config_names())}; there are {', '.join(config_names())}")
     found = importlib.util.spec_from_file_location(f"configs.{path.stem}", path)
     assert found and found.loader
     module = importlib.util.module_from_spec(found)
@@ -63,13 +74,19 @@ def load_config(name: str) -> RunConfig:
 
 def parse(argv: Sequence[str]) -> Job:
     """The job of a command line. Raises ConfigError for an unknown key, a wrong type or values that do not fit."""
-    name, run_dir, dry_run, rest = None, None, False, []
+    name, run_dir, flags, rest = None, None, set(), []
+    slurm: list[str] | None = None
     words = [w for word in argv for w in (word.split("=", 1) if word.startswith("--") and "=" in word else [word])]
     position = 0
     while position < len(words):
         word = words[position]
-        if word == "--dry-run":
-            dry_run = True
+        if word in ("--dry-run", "--print"):
+            flags.add(word)
+        elif word == "--slurm":
+            slurm = slurm or []
+            while position + 1 < len(words) and not words[position + 1].startswith("--"):
+                position += 1
+                slurm.append(words[position])
         elif word in ("--config", "--run-dir"):
             position += 1
             if position == len(words):
@@ -89,7 +106,17 @@ def parse(argv: Sequence[str]) -> Job:
     config = load_config(name)
     config = override(config, rest)
     validate(config)
-    return Job(config, run_dir or Path("runs") / config.name, dry_run)
+    if "--print" in flags and slurm is None:
+        raise ConfigError("--print shows what --slurm would submit; give --slurm nodes=N too")
+    return Job(
+        config,
+        run_dir or Path("runs") / config.name,
+        dry_run="--dry-run" in flags,
+        name=name,
+        overrides=tuple(rest),
+        slurm=None if slurm is None else tuple(slurm),
+        print_only="--print" in flags,
+    )
 
 
 def override(config: RunConfig, words: Sequence[str]) -> RunConfig:
@@ -119,7 +146,7 @@ def override(config: RunConfig, words: Sequence[str]) -> RunConfig:
                 config = tyro.cli(
                     RunConfig,
                     default=config,
-                    args=[f"--{key.replace('_', '-')}", value],
+                    args=[f"--{key.replace('_', '-')}", *(value.split(",") if known[key] == "tuple" else [value])],
                     config=MARKS,
                     use_underscores=False,
                 )
@@ -209,6 +236,7 @@ def validate(c: RunConfig) -> None:
     if c.model.source == "random" and c.model.tokenizer == "same":
         raise ConfigError("model.source=random brings no tokenizer; set model.tokenizer")
     _positive(c, {"engine.max_len", "reward.num_workers", "reward.deadline_s", "checkpoint.keep"})
+    _positive(c, {"cluster.start_deadline_s", "cluster.heartbeat_s", "cluster.step_deadline_s"})
     if isinstance(c.engine, VllmConfig):
         _validate_vllm(c, c.engine)
     else:
@@ -329,9 +357,9 @@ def _unknown(key: str, known: Mapping[str, str], config: RunConfig) -> NoReturn:
     stage = key.split(".")[0]
     if hasattr(config, stage) and getattr(config, stage) is None:
         raise ConfigError(f"unknown key --{key}: {config.name} has no {stage} stage")
-    raise ConfigError(f"unknown key --{key}{_nearest(key, list(known))}; --help lists all")
+    raise ConfigError(f"unknown key --{key}{nearest(key, list(known))}; --help lists all")
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
+def nearest(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f", did you mean {close[0]}?" if close else ""

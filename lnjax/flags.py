@@ -36,10 +36,16 @@ XLA_FLAGS = (
     Flag("xla_gpu_enable_pipelined_all_gather", "true", "the next layer's parameters are gathered early"),
     Flag("xla_gpu_enable_pipelined_reduce_scatter", "true", "the last layer's gradients are still on their way"),
     Flag("xla_gpu_enable_pipelined_all_reduce", "true", "the same for replicated parameters"),
-    Flag("xla_gpu_enable_while_loop_double_buffering", "true", "lets a scan over layers overlap with its own next step"),
+    Flag(
+        "xla_gpu_enable_while_loop_double_buffering", "true", "lets a scan over layers overlap with its own next step"
+    ),
     Flag("xla_gpu_all_gather_combine_threshold_bytes", "1073741824", "few large messages instead of many small ones"),
     Flag("xla_gpu_all_reduce_combine_threshold_bytes", "1073741824", "the same"),
-    Flag("xla_gpu_reduce_scatter_combine_threshold_bytes", "67108864", "smaller: they should begin before the backward ends"),
+    Flag(
+        "xla_gpu_reduce_scatter_combine_threshold_bytes",
+        "67108864",
+        "smaller: they should begin before the backward ends",
+    ),
     Flag("xla_gpu_unsupported_use_all_reduce_one_shot_kernel", "false", "it crashed the compiler at 512 devices"),
 )
 

@@ -7,7 +7,7 @@ import traceback
 
 from rich.console import Console
 
-from lnjax import distributed
+from lnjax import distributed, slurm
 from lnjax.alive import Notice, Watchdog
 from lnjax.config import Job, config_hash, parse, render
 from lnjax.distributed import Place
@@ -21,6 +21,9 @@ def main(argv: list[str]) -> int:
     try:
         place, job = distributed.find_place(os.environ), parse(argv)
         console = Console(soft_wrap=True, quiet=place.rank > 0)
+        if job.slurm is not None:
+            print(slurm.submit(job, options=slurm.parse_options(job.slurm), print_only=job.print_only))
+            return 0
         console.print(render(job.config), highlight=False, markup=False)
         console.print(f"config {job.config.name} {config_hash(job.config)} -> {job.run_dir}", highlight=False)
         if not job.dry_run:

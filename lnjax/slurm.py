@@ -28,17 +28,24 @@ WAIT_S = 30
 class SlurmOptions:
     """Keys of --slurm."""
 
-    nodes: int = field(metadata={"help": "Of the learner."})
+    nodes: int = field(metadata={"help": "Of the learner: whole ones."})
     gpus_per_node: int = field(default=8, metadata={"help": "0 for a run on CPUs."})
     processes_per_node: int = field(default=1, metadata={"help": "Learner processes that share a node's GPUs equally."})
-    rollout_nodes: int = field(default=0, metadata={"help": "More nodes, for vLLM servers: as many as their GPUs hold."})
+    rollout_nodes: int = field(
+        default=0, metadata={"help": "More nodes, for vLLM servers: as many as their GPUs hold."}
+    )
     partition: str = field(default="", metadata={"help": "Empty: the cluster's default."})
     account: str = field(default="", metadata={"help": "Empty: the user's default."})
     time: str = field(default="", metadata={"help": "D-HH:MM:SS or HH:MM:SS; empty: the partition's limit."})
-    container: str = field(default="", metadata={"help": "Image for pyxis/enroot, with Python and lnjax's packages in it."})
-    lead_s: int = field(default=60, metadata={"help": "Warning before the time limit: a step and a checkpoint must fit."})
+    container: str = field(
+        default="", metadata={"help": "Image for pyxis/enroot, with Python and lnjax's packages in it."}
+    )
+    lead_s: int = field(
+        default=60, metadata={"help": "Warning before the time limit: a step and a checkpoint must fit."}
+    )
     requeue: int = field(
-        default=5, metadata={"help": "Failures in a row, without a new checkpoint between, after which the job starts again."}
+        default=5,
+        metadata={"help": "Failures in a row, without a new checkpoint between, after which the job starts again."},
     )
 
 
@@ -78,10 +85,13 @@ def render(job: Job, options: SlurmOptions, *, flags: Mapping[str, str], environ
     if not TEMPLATE.is_file():
         raise ConfigError(f"{TEMPLATE} is missing; --slurm works from a checkout of lnjax")
     o, run_dir = options, job.run_dir.absolute()
+    for path in (ROOT, run_dir):
+        if not re.fullmatch(r"[\w./+=@%-]+", str(path)):
+            raise ConfigError(f"{str(path)!r}: sbatch takes no blanks or signs in paths; choose another folder")
     gpus = [f"#SBATCH --gpus-per-node={o.gpus_per_node}"] if o.gpus_per_node else []
     named = [f"#SBATCH --{k}={getattr(o, k)}" for k in ("partition", "account", "time") if getattr(o, k)]
     mounts = f"{ROOT}:{ROOT},{run_dir}:{run_dir}"
-    container = f"--container-image={o.container} --container-mounts={mounts} --container-workdir={ROOT}"
+    container = f" --container-image={o.container} --container-mounts={mounts} --container-workdir={ROOT}"
     python = "python" if o.container else sys.executable
     servers, more = _servers(job, o, run_dir=run_dir, python=python, container=container if o.container else "")
     exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
@@ -94,7 +104,7 @@ def render(job: Job, options: SlurmOptions, *, flags: Mapping[str, str], environ
         nodes=o.nodes,
         processes_per_node=o.processes_per_node,
         tasks=o.nodes * o.processes_per_node,
-        directives="\n".join([*gpus, "#SBATCH --exclusive", *named] if o.gpus_per_node else named) or "#",
+        directives="\n".join([*gpus, *named]) or "#",
         root=ROOT,
         logs=run_dir / "logs",
         checkpoints=run_dir / "checkpoints",
@@ -103,7 +113,6 @@ def render(job: Job, options: SlurmOptions, *, flags: Mapping[str, str], environ
         num_ports=len(PORTS),
         exports="\n".join(exports),
         servers=servers,
-        step="--overlap" if servers else "",
         wait_s=WAIT_S,
         container=container if o.container else "",
         learner=shlex.join([python, *words]) + more,
@@ -130,7 +139,7 @@ def _servers(job: Job, o: SlurmOptions, *, run_dir: Path, python: str, container
     command += ["--publish-root", publish, "--tensor-parallel", str(width), "--max-len", str(engine.max_len)]
     command += ["--dtype", engine.dtype, "--max-sequences", str(engine.max_sequences)]
     task = (
-        f'export CUDA_VISIBLE_DEVICES=$(seq -s, $((SLURM_LOCALID * {width})) $((SLURM_LOCALID * {width} + {width - 1}))); '
+        f"export CUDA_VISIBLE_DEVICES=$(seq -s, $((SLURM_LOCALID * {width})) $((SLURM_LOCALID * {width} + {width - 1}))); "
         f"until [ -e {run_dir}/servers/model/config.json ]; do sleep 1; done; hosts=($LNJAX_ROLLOUT_HOSTS); "
         f"exec {shlex.join(command)} --host ${{hosts[$SLURM_NODEID]}} --port $(({SERVER_PORT} + SLURM_LOCALID))"
     )
@@ -145,8 +154,8 @@ for node in "${{nodes[@]:{o.nodes}}}"; do
   done
 done
 export LNJAX_ROLLOUT_HOSTS
-srun --overlap --nodes={o.rollout_nodes} --ntasks={o.rollout_nodes * each} --relative={o.nodes} --kill-on-bad-exit=0 \\
-  --open-mode=append --output="$log.server-%t.log" {container} bash -c {shlex.quote(task)} &
+srun --overlap --cpu-bind=none --nodes={o.rollout_nodes} --ntasks-per-node={each} --relative={o.nodes} --kill-on-bad-exit=0 \\
+  --open-mode=append --output="$log.server-%t.log"{container} bash -c {shlex.quote(task)} &
 """
     added = f" --engine.num-servers 0 --engine.publish-dir {shlex.quote(publish)}"
     return lines, added + ' --engine.addresses "${LNJAX_ROLLOUT_ADDRESSES%,}"'

@@ -22,11 +22,22 @@ FLOORS = [
     {"source", "parity"},
     {"evaluate", "sft", "grpo"},
     {"report"},
-    {"train"},
+    {"train", "flags"},
+    {"slurm"},
     {"launch", "convert"},
 ]
 ROOMS = {"models", "learn", "ops", "data", "rollout", "rewards", "checkpoint"}
-NO_JAX = {"errors.py", "schema.py", "config.py", "sources.py", "launch.py", "distributed.py", "alive.py"}
+NO_JAX = {
+    "errors.py",
+    "schema.py",
+    "config.py",
+    "sources.py",
+    "launch.py",
+    "distributed.py",
+    "alive.py",
+    "flags.py",
+    "slurm.py",
+}
 GUESTS = {
     "transformer_engine": "ops",
     "orbax": "checkpoint",
