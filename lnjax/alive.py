@@ -39,7 +39,7 @@ class Beat:
     number: int
     """Grows with every sign of life."""
     step: str
-    """`sft 7`."""
+    """`sft step 7`."""
     phase: str
     marks: int
     """Phases entered and left so far. All processes run the same code: the one with the fewest keeps the others waiting."""
@@ -48,7 +48,7 @@ class Beat:
     why: str = ""
 
     def at(self) -> str:
-        return f"in `{self.phase}` of step {self.step}" if self.step else f"in `{self.phase}`"
+        return f"in `{self.phase}` of {self.step}" if self.step else f"in `{self.phase}`"
 
 
 @dataclass(slots=True)
@@ -65,8 +65,8 @@ class Watch:
 
     def __init__(self, place: Place, *, c: ClusterConfig, clock: Callable[[], float]):
         self._place, self._c, self._clock = place, c, clock
-        self._began = self._read = clock()
-        """When the process began, and when it last could read the others."""
+        self._began = self._read = self._judged = clock()
+        """When the process began, when it last could read the others, and when it last judged."""
         self.seen: dict[int, Seen] = {}
 
     def watched(self) -> list[int]:
@@ -91,6 +91,10 @@ class Watch:
     def verdict(self) -> tuple[int, str] | None:
         """(exit status, reason) when this process should end."""
         c, now = self._c, self._clock()
+        slept, self._judged = now - self._judged, now
+        if slept > c.heartbeat_s:  # this process was frozen, with the others or alone: what it knows of them is old
+            self._forgive(slept)
+            return None
         silent = []
         for rank in self.watched():
             seen = self.seen.get(rank)
@@ -100,7 +104,7 @@ class Watch:
             elif seen.beat.status is not None:
                 if seen.beat.status not in NORMAL:
                     return seen.beat.status, f"rank {rank} ended with status {seen.beat.status}: {seen.beat.why}"
-            elif self._read - seen.heard > c.heartbeat_s:  # not `now`: this process may have been the one that slept
+            elif self._read - seen.heard > c.heartbeat_s:  # not `now`: reading may take long
                 silent.append(
                     f"rank {rank} has given no sign of life for {self._read - seen.heard:.0f} s, {seen.beat.at()}; "
                     f"deadline {c.heartbeat_s:g} s"
@@ -118,6 +122,13 @@ class Watch:
         if now - self._read > c.step_deadline_s:
             return STUCK, f"rank {self._place.rank} could not read alive/ for {now - self._read:.0f} s"
         return None
+
+    def _forgive(self, seconds: float) -> None:
+        """Time that this process did not live through counts against nobody."""
+        now = self._judged
+        self._began, self._read = min(now, self._began + seconds), min(now, self._read + seconds)
+        for seen in self.seen.values():
+            seen.heard, seen.marked = min(now, seen.heard + seconds), min(now, seen.marked + seconds)
 
     def _limit(self, beat: Beat) -> float:
         return self._c.start_deadline_s if beat.phase == START else self._c.step_deadline_s
@@ -137,6 +148,7 @@ class Watchdog:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._exchange()
             self._stacks = open(self._folder / f"{place.rank}.stacks", "a", encoding="utf-8")  # noqa: SIM115
+        self._arm()
         self._every_s = min(3.0, c.heartbeat_s / 5, c.step_deadline_s / 5)
         self._threads = [
             threading.Thread(target=self._repeat, args=(work,), name=name, daemon=True)
@@ -187,9 +199,12 @@ class Watchdog:
             self._watch.hear(self._place.rank, beat)
             return beat
 
-    def _beat(self) -> None:
-        # For native code that holds Python's lock: no thread of ours runs then, faulthandler's does.
+    def _arm(self) -> None:
+        """For native code that holds Python's lock: no thread of ours runs then, faulthandler's does and ends with 1."""
         faulthandler.dump_traceback_later(2 * self._c.step_deadline_s, exit=True, file=self._stacks or sys.stderr)
+
+    def _beat(self) -> None:
+        self._arm()
         if self._place.count > 1:
             self._exchange()
         else:
@@ -217,8 +232,7 @@ class Watchdog:
         status, why = found
         threading.Timer(LAST_WORDS_S, os._exit, (status,)).start()  # the last words may block on a dead file system
         line = f"error: rank {self._place.rank} ends with status {status}: {why}"
-        print(line, file=sys.stderr, flush=True)
-        for file in filter(None, (self._stacks, sys.stderr)):
+        for file in filter(None, (sys.stderr, self._stacks)):
             print(line, file=file, flush=True)
             if status == STUCK:
                 faulthandler.dump_traceback(file=file, all_threads=True)

@@ -42,7 +42,7 @@ class Stage:
     notice: Notice
 
     def begin(self, step: int) -> None:
-        self.watchdog.at(f"{self.name} {step}")
+        self.watchdog.at(f"{self.name} step {step}")
 
     def stop_asked(self) -> bool:
         """Collective, once at the end of every step; all processes get the same answer."""
