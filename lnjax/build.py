@@ -21,6 +21,7 @@ from lnjax.models.decoder import Compute, Model
 from lnjax.models.hf import hf_config
 from lnjax.ops.select import select_ops
 from lnjax.rollout.embedded import EmbeddedEngine
+from lnjax.rollout.first import FirstEngine
 from lnjax.rollout.vllm import VllmEngine
 from lnjax.schema import BlockSpec, EmbeddedConfig, ModelConfig, ModelSpec, RunConfig, SamplingConfig
 from lnjax.types import RolloutEngine, SamplingParams
@@ -102,6 +103,11 @@ def _differ(wanted: Sequence[BlockSpec], got: Sequence[BlockSpec]) -> str:
 def build(c: RunConfig, run_dir: Path) -> Built:
     """Mesh, kernels, architecture, tokenizer. Reads no weights."""
     mesh = make_mesh(c.mesh)
+    if c.grpo and c.grpo.max_staleness and isinstance(c.engine, EmbeddedConfig) and jax.process_count() > 1:
+        raise ConfigError(
+            f"grpo.max_staleness={c.grpo.max_staleness}: the embedded engine cannot sample beside updates in a run of "
+            f"{jax.process_count()} processes, whose programs must run in one order; use 0, one process, or vLLM servers"
+        )
     spec = model_spec(c.model)
     tokenizer = load_tokenizer(tokenizer_source(c.model))
     if tokenizer.vocab_size > spec.vocab_size:
@@ -136,5 +142,10 @@ def build_engine(b: Built, *, note: Callable[[str], None]) -> tuple[RolloutEngin
         deadline_s=c.swap_deadline_s,
         tensor_parallel=c.tensor_parallel,
     )
-    config = hf_config(b.model.spec, dtype=c.dtype)
-    return VllmEngine(c, publisher=publisher, model=config, run_dir=b.run_dir, note=note), publisher
+    engine = None
+    if jax.process_index() == 0:
+        config = hf_config(b.model.spec, dtype=c.dtype)
+        engine = VllmEngine(c, publisher=publisher, model=config, run_dir=b.run_dir, note=note)
+        if jax.process_count() == 1:
+            return engine, publisher
+    return FirstEngine(engine, publisher=publisher, deadline_s=b.config.cluster.step_deadline_s), publisher

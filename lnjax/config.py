@@ -21,10 +21,15 @@ from lnjax.proxy import proxy
 from lnjax.schema import RunConfig, VllmConfig
 
 MARKS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-FREE_ON_RESUME = ("sft.steps", "grpo.steps", "checkpoint.every", "checkpoint.keep", "checkpoint.export_hf")
+FREE_ON_RESUME = (
+    *("sft.steps", "grpo.steps", "checkpoint.every", "checkpoint.keep", "checkpoint.export_hf"),
+    *("mesh.data", "mesh.fsdp", "mesh.tensor"),  # a checkpoint restores on any mesh
+    *("cluster.start_deadline_s", "cluster.heartbeat_s", "cluster.step_deadline_s"),
+)
 """Keys a resumed run may change."""
 USAGE = (
-    "usage: python -m lnjax.launch --config NAME [--run-dir DIR] [--dry-run] [--proxy] [--any.key value ...] [--help]"
+    "usage: python -m lnjax.launch --config NAME [--run-dir DIR] [--dry-run] [--proxy] [--slurm nodes=N ... [--print]] "
+    "[--any.key value ...] [--help]"
 )
 
 
@@ -35,7 +40,15 @@ class Job:
     config: RunConfig
     run_dir: Path
     dry_run: bool
-    proxy: bool = False
+    name: str
+    """As given: a name or a path."""
+    overrides: tuple[str, ...]
+    """`--key value` words, as given."""
+    slurm: tuple[str, ...] | None
+    """`key=value` words after --slurm; None: run here."""
+    print_only: bool
+    """Show the SLURM script instead of submitting it."""
+    proxy: bool
     """The config is one made small by lnjax.proxy, for 8 virtual CPU devices."""
 
 
@@ -49,7 +62,7 @@ def load_config(name: str) -> RunConfig:
     """`configs/NAME.py`, or a path to a .py file with a function config(). Raises ConfigError with the nearest name."""
     path = Path(name) if name.endswith(".py") else _configs_folder() / f"{name}.py"
     if not path.is_file():
-        raise ConfigError(f"no config {name!r}{_nearest(name, config_names())}; there are {', '.join(config_names())}")
+        raise ConfigError(f"no config {name!r}{nearest(name, config_names())}; there are {', '.join(config_names())}")
     found = importlib.util.spec_from_file_location(f"configs.{path.stem}", path)
     assert found and found.loader
     module = importlib.util.module_from_spec(found)
@@ -64,15 +77,19 @@ def load_config(name: str) -> RunConfig:
 
 def parse(argv: Sequence[str]) -> Job:
     """The job of a command line. Raises ConfigError for an unknown key, a wrong type or values that do not fit."""
-    name, run_dir, dry_run, small, rest = None, None, False, False, []
+    name, run_dir, flags, rest = None, None, set(), []
+    slurm: list[str] | None = None
     words = [w for word in argv for w in (word.split("=", 1) if word.startswith("--") and "=" in word else [word])]
     position = 0
     while position < len(words):
         word = words[position]
-        if word == "--dry-run":
-            dry_run = True
-        elif word == "--proxy":
-            small = True
+        if word in ("--dry-run", "--print", "--proxy"):
+            flags.add(word)
+        elif word == "--slurm":
+            slurm = slurm or []
+            while position + 1 < len(words) and not words[position + 1].startswith("--"):
+                position += 1
+                slurm.append(words[position])
         elif word in ("--config", "--run-dir"):
             position += 1
             if position == len(words):
@@ -90,9 +107,20 @@ def parse(argv: Sequence[str]) -> Job:
             sys.exit(0)
         raise ConfigError(f"--config is missing; there are {', '.join(config_names())}. {USAGE}")
     config = load_config(name)
-    config = override(proxy(config) if small else config, rest)
+    config = override(proxy(config) if "--proxy" in flags else config, rest)
     validate(config)
-    return Job(config, run_dir or Path("runs") / config.name, dry_run, small)
+    if "--print" in flags and slurm is None:
+        raise ConfigError("--print shows what --slurm would submit; give --slurm nodes=N too")
+    return Job(
+        config,
+        run_dir or Path("runs") / config.name,
+        dry_run="--dry-run" in flags,
+        name=name,
+        overrides=tuple(rest),
+        slurm=None if slurm is None else tuple(slurm),
+        print_only="--print" in flags,
+        proxy="--proxy" in flags,
+    )
 
 
 def override(config: RunConfig, words: Sequence[str]) -> RunConfig:
@@ -224,6 +252,7 @@ def validate(c: RunConfig) -> None:
                 f"reward.judge.address={address!r}, retries={c.reward.judge.retries}; expected "
                 "http://host:port or `rule`, and no negative number"
             )
+    _positive(c, {"cluster.start_deadline_s", "cluster.heartbeat_s", "cluster.step_deadline_s"})
     if isinstance(c.engine, VllmConfig):
         _validate_vllm(c, c.engine)
     else:
@@ -348,9 +377,9 @@ def _unknown(key: str, known: Mapping[str, str], config: RunConfig) -> NoReturn:
     stage = key.split(".")[0]
     if hasattr(config, stage) and getattr(config, stage) is None:
         raise ConfigError(f"unknown key --{key}: {config.name} has no {stage} stage")
-    raise ConfigError(f"unknown key --{key}{_nearest(key, list(known))}; --help lists all")
+    raise ConfigError(f"unknown key --{key}{nearest(key, list(known))}; --help lists all")
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
+def nearest(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f", did you mean {close[0]}?" if close else ""

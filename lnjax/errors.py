@@ -45,3 +45,9 @@ class TrainingDiverged(LnjaxError, ArithmeticError):
 
 class RolloutError(LnjaxError, RuntimeError):
     """The rollout engine returned something the learner must not train on, or cannot serve the request."""
+
+
+class Stopped(LnjaxError, InterruptedError):
+    """The run was asked to stop (SIGTERM, SIGUSR1) and saved its state: the same command goes on from there."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again

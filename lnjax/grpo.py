@@ -73,6 +73,7 @@ def run(b: Built, r: Resources, c: GrpoConfig, *, stage: Stage, start: Position)
             r.engine.load_weights(updates, state.params)
     with contextlib.closing(RolloutSource(b, r, c, prompts=prompts, first=start.step + 1)) as source:
         for rl_step in range(start.step + 1, c.steps + 1):
+            stage.begin(rl_step)
             # 1 sample, 2 score: here and now, or by a thread that is at most max_staleness steps ahead
             rollouts = source.take()
             groups, values = rollouts.groups, describe(rollouts.groups, c, updates=updates)
@@ -107,8 +108,9 @@ def run(b: Built, r: Resources, c: GrpoConfig, *, stage: Stage, start: Position)
                 source.served(rl_step)
             r.log.log("grpo", step=rl_step, values=values, total_steps=c.steps)
             # 7 keep
-            if stage.due(rl_step) or rl_step == c.steps:
-                stage.save(rl_step, _tree(state, reference), cursor=rollouts.cursor)
+            stop = stage.stop_asked()
+            if stop or stage.due(rl_step) or rl_step == c.steps:
+                stage.save(rl_step, _tree(state, reference), cursor=rollouts.cursor, stop=stop)
     return state.params
 
 

@@ -1,53 +1,91 @@
-"""python -m lnjax.launch --config NAME [--run-dir DIR] [--dry-run] [--proxy] [--any.key value]"""
+"""python -m lnjax.launch --config NAME [--run-dir DIR] [--dry-run] [--proxy] [--slurm KEY=VALUE ... [--print]]
+[--any.key value]"""
 
 import errno
 import os
 import sys
+import traceback
 
 from rich.console import Console
 
-from lnjax.config import config_hash, parse, render
-from lnjax.errors import LnjaxError
+from lnjax import distributed, slurm
+from lnjax.alive import Notice, Watchdog
+from lnjax.config import Job, config_hash, parse, render
+from lnjax.distributed import Place
+from lnjax.errors import LnjaxError, Stopped
 from lnjax.proxy import ENVIRONMENT
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: 0 done, 2 for what the user can fix, 130 after Ctrl-C."""
+    """Exit status: 0 done, 2 for what the user can fix, 75 stopped and saved, 76 somebody is stuck, 130 after Ctrl-C."""
+    status, why = 0, ""
+    place, watchdog, notice = Place(), None, None
     try:
-        job = parse(argv)
-        console = Console(soft_wrap=True)
+        place, job = distributed.find_place(os.environ), parse(argv)
+        console = Console(soft_wrap=True, quiet=place.rank > 0)
+        if job.slurm is not None:
+            print(slurm.submit(job, options=slurm.parse_options(job.slurm), print_only=job.print_only))
+            return 0
         console.print(render(job.config), highlight=False, markup=False)
         console.print(f"config {job.config.name} {config_hash(job.config)} -> {job.run_dir}", highlight=False)
         if job.proxy:
             flags = f"{os.environ.get('XLA_FLAGS', '')} {ENVIRONMENT['XLA_FLAGS']}"
             os.environ |= {**ENVIRONMENT, "XLA_FLAGS": flags.strip()}
-        from lnjax import train  # noqa: PLC0415 - jax takes seconds to import; the config is on screen meanwhile
-
-        if job.dry_run:
-            console.print(train.check(job.config, job.run_dir), highlight=False)
-            return 0
-        summary = train.run(job.config, job.run_dir)
-        for name, mean in summary["eval"].items():
-            low, high = summary["eval_interval"][name]
-            console.print(
-                f"held-out after {name:5} {mean:.3f}  (95 % interval {low:.3f} to {high:.3f})", highlight=False
-            )
-        console.print(f"wrote {job.run_dir}/summary.json, metrics.jsonl, curve.png", highlight=False)
-        return 0
-    except LnjaxError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not job.dry_run:
+            watchdog, notice = Watchdog(place, run_dir=job.run_dir, c=job.config.cluster), Notice(place)
+        distributed.start(place, c=job.config.cluster)
+        _work(job, console, watchdog, notice)
+        distributed.stop(place)
+    except BaseException as error:  # with several processes any end must be told to the others
+        status, why = _explain(error)
+        if status == 1 and place.count == 1:
             raise
-        print(
-            f"error: {error}; free space there and start again: the run resumes from its last checkpoint",
-            file=sys.stderr,
-        )
-        return LnjaxError.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        if status == 1:
+            traceback.print_exc()
+        elif not isinstance(error, SystemExit):
+            print(why, file=sys.stderr)
+        if isinstance(error, Stopped):
+            distributed.stop(place)
+    finally:
+        if notice:
+            notice.close()
+        if watchdog:
+            watchdog.close(status, why)
+    if place.count > 1 and status not in (0, Stopped.exit_code):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # JAX would wait for the others, who wait for this process
+    return status
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
+    """(exit status, one line); 1 where a traceback says more."""
+    line = " ".join(str(error).split())
+    if isinstance(error, Stopped):
+        return error.exit_code, line
+    if isinstance(error, LnjaxError):
+        return error.exit_code, f"error: {line}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        fix = "free space there and start again: the run resumes from its last checkpoint"
+        return LnjaxError.exit_code, f"error: {line}; {fix}"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted; the same command goes on from the last checkpoint"
+    if isinstance(error, SystemExit):
+        return int(error.code or 0), ""
+    return 1, f"{type(error).__name__}: {line}"
+
+
+def _work(job: Job, console: Console, watchdog: Watchdog | None, notice: Notice | None) -> None:
+    from lnjax import train  # noqa: PLC0415 - jax takes seconds to import; the config is on screen meanwhile
+
+    if watchdog is None or notice is None:
+        console.print(train.check(job.config, job.run_dir), highlight=False)
+        return
+    summary = train.run(job.config, job.run_dir, watchdog=watchdog, notice=notice)
+    for name, mean in summary["eval"].items():
+        low, high = summary["eval_interval"][name]
+        console.print(f"held-out after {name:5} {mean:.3f}  (95 % interval {low:.3f} to {high:.3f})", highlight=False)
+    console.print(f"wrote {job.run_dir}/summary.json, metrics.jsonl, curve.png", highlight=False)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lnjax.errors import ConfigError
@@ -95,3 +96,10 @@ def put_rows(mesh: Mesh, tree: Any) -> Any:
         return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
 
     return jax.tree.map(put, tree)
+
+
+def fetch(x: Array) -> np.ndarray:
+    """The whole array on the host of every process, however it is sharded. Collective."""
+    if jax.process_count() == 1:
+        return np.asarray(jax.device_get(x))
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))

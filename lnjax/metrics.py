@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,25 @@ COLUMNS: dict[str, tuple[str, str]] = {
 
 
 class MetricsLog:
-    """One JSON line a step, flushed; opening an existing file keeps its first `keep_lines` lines."""
+    """One JSON line a step, flushed; opening an existing file keeps its first `keep_lines` lines.
 
-    def __init__(self, run_dir: Path, *, keep_lines: int = 0, quiet: bool = False):
-        self._path = run_dir / "metrics.jsonl"
-        kept = _keep_lines(self._path, keep_lines)
+    Every process counts lines and seconds; only the one that `writes` touches files and the terminal.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        keep_lines: int = 0,
+        quiet: bool = False,
+        writes: bool = True,
+        phases: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
+    ):
+        """`phases` hears of every phase."""
+        self._path = run_dir / "metrics.jsonl" if writes else Path(os.devnull)
+        self._phases_to = phases
+        quiet = quiet or not writes
+        kept = _keep_lines(self._path, keep_lines) if writes else []
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
         self.lines = keep_lines
         self.seconds: dict[str, float] = {}
@@ -53,7 +67,7 @@ class MetricsLog:
             self._count(line)
         self._phases: dict[str, float] = {}
         first = min((line["step"] for line in kept[-1:]), default=0)
-        self._board = SummaryWriter(str(run_dir / "tb"), purge_step=first + 1 if kept else None)
+        self._board = SummaryWriter(str(run_dir / "tb"), purge_step=first + 1 if kept else None, write_to_disk=writes)
         self._rows: list[tuple[str, int, Mapping[str, Any]]] = []
         self._durations: list[float] = []
         self._last = time.monotonic()
@@ -70,7 +84,8 @@ class MetricsLog:
         """Count the seconds inside towards the next logged line."""
         start = time.monotonic()
         try:
-            yield
+            with self._phases_to(name):
+                yield
         finally:
             self.spent(name, time.monotonic() - start)
 
@@ -188,7 +203,7 @@ def _keep_lines(path: Path, count: int) -> list[dict[str, Any]]:
 
 @contextmanager
 def progress(label: str, *, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Yields `advance(n)`. Silent for the first seconds, then lines on stderr with share, rate and ETA."""
+    """Yields `advance(n)`. Silent for the first seconds, then lines of process 0 on stderr with share, rate and ETA."""
     start = shown = time.monotonic()
     done = 0
 
@@ -196,7 +211,7 @@ def progress(label: str, *, total: int, unit: str) -> Iterator[Callable[[int], N
         nonlocal done, shown
         done += count
         now = time.monotonic()
-        if now - start < SILENT_S or now - shown < LINE_EVERY_S:
+        if now - start < SILENT_S or now - shown < LINE_EVERY_S or jax.process_index() > 0:
             return
         shown = now
         rate = done / (now - start)

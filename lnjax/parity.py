@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from lnjax.build import Built, Resources
@@ -16,7 +17,7 @@ from lnjax.checkpoint.load import assemble
 from lnjax.checkpoint.version import PublishedVersion
 from lnjax.data.packing import microbatches, pack
 from lnjax.errors import CheckpointError, RolloutError
-from lnjax.mesh import put_rows
+from lnjax.mesh import fetch, put_rows
 from lnjax.metrics import write_json
 from lnjax.schema import GrpoConfig, VllmConfig
 from lnjax.types import Rollout, RolloutGroup, Sample
@@ -91,7 +92,7 @@ class Parity:
         packing = pack([[s] for s in samples], c=self._c.pack)
         rows = microbatches(packing.batch(), rows=self._c.pack.microbatch_rows)
         scored = np.concatenate(
-            [np.asarray(self._logprobs(params, put_rows(self._b.mesh, x), temperature=temperature)) for x in rows]
+            [fetch(self._logprobs(params, put_rows(self._b.mesh, x), temperature=temperature)) for x in rows]
         )
         found = []
         for rollout, place in zip(chosen, packing.places, strict=True):
@@ -127,7 +128,8 @@ class Parity:
         ]
         sampling = {"temperature": self._c.sampling.temperature, "top_p": self._c.sampling.top_p}
         body = {"rl_step": rl_step, "updates": updates, "cause": cause, "values": values, "sampling": sampling}
-        write_json(path, body | {"engine": self._r.engine.report(), "samples": samples})
+        if jax.process_index() == 0:
+            write_json(path, body | {"engine": self._r.engine.report(), "samples": samples})
         raise RolloutError(
             f"step {rl_step}: servers and learner disagree: mean exp|difference of logprobs| is "
             f"{values['parity_prob_error']:.4g}, allowed {engine.parity_limit:g}. Likely cause: {cause}. Tokens, logprobs and "

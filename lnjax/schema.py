@@ -333,6 +333,19 @@ class GrpoConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """How long the processes of a run wait for each other before one of them is taken for dead or stuck."""
+
+    start_deadline_s: float = 900.0
+    """From a process's start until all have found each other. Cold nodes that import from a shared file system are slow."""
+    heartbeat_s: float = 15.0
+    """A process that gives no sign of life for so long is taken for dead; the others name it and end."""
+    step_deadline_s: float = 3600.0
+    """A process that stays in one phase (sample, update, save, evaluate, …) for longer is stuck. Compiling counts, and a
+    rollout may wait for servers to start: stay above engine.request_deadline_s."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """One run: a model, then its training stages in order (SFT, GRPO)."""
 
@@ -353,3 +366,5 @@ class RunConfig:
     eval: EvalConfig | None = None
     """Held-out evaluation before the first stage and after each."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    """Deadlines between processes."""

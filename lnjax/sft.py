@@ -42,6 +42,7 @@ def run(b: Built, r: Resources, c: SftConfig, *, stage: Stage, start: Position) 
         stream.seek(start.saved["cursor"])
     pending: tuple[int, dict[str, Any]] | None = None
     for step in range(start.step + 1, c.steps + 1):
+        stage.begin(step)
         with r.log.phase("data"):
             batch = stream.take()
             rows = put_rows(b.mesh, microbatches(batch, rows=c.pack.microbatch_rows))
@@ -51,10 +52,11 @@ def run(b: Built, r: Resources, c: SftConfig, *, stage: Stage, start: Position) 
         if pending is not None:  # the device is busy with this step while the last one's numbers are read
             _log(r, c, *pending)
         pending = (step, {**stats, "update_tokens": tokens})
-        if stage.due(step) or step == c.steps:
+        stop = stage.stop_asked()
+        if stop or stage.due(step) or step == c.steps:
             _log(r, c, *pending)
             pending = None
-            stage.save(step, {"state": state}, cursor=stream.cursor)
+            stage.save(step, {"state": state}, cursor=stream.cursor, stop=stop)
     return state.params
 
 

@@ -9,15 +9,23 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+import jax
 
 from lnjax.build import Built, Resources
 from lnjax.data.streams import PromptStream
+from lnjax.distributed import from_first
 from lnjax.schema import GrpoConfig
 from lnjax.score import score_groups
 from lnjax.types import RolloutGroup
 
 POLL_S = 0.2
+DECIDE_S = 86_400.0
+"""How long another process waits for process 0's: as long as the watchdog lets both live."""
+PART_S = 60.0
+"""With several processes an error of one must not wait for a batch that the others will not finish."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +90,25 @@ class RolloutSource:
             self._closed = True
             self._change.notify_all()
         if self._thread:
-            self._thread.join()
+            self._thread.join(None if jax.process_count() == 1 else PART_S)
 
     def _produce(self) -> None:
         try:
             for rl_step in range(self._next, self._c.steps + 1):
-                with self._change:
-                    while self._served < rl_step - 1 - self._c.max_staleness and not self._closed:
-                        self._change.wait(POLL_S)
-                    if self._closed:
-                        return
+                oldest = rl_step - 1 - self._c.max_staleness
+                # Process 0 decides for all: they must not part over whether a batch began before the end.
+                if not from_first("goes on", partial(self._await, oldest), deadline_s=DECIDE_S):
+                    return
                 self._ready.put(self._sample(rl_step))
         except BaseException as error:  # raised to the learner by take()
             self._ready.put(error)
+
+    def _await(self, rl_step: int) -> bool:
+        """Until the weights after `rl_step` are served; False when it is over."""
+        with self._change:
+            while self._served < rl_step and not self._closed:
+                self._change.wait(POLL_S)
+            return not self._closed
 
     def _sample(self, rl_step: int) -> RolloutBatch:
         c, start = self._c, time.monotonic()

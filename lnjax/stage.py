@@ -6,7 +6,9 @@ from typing import Any
 
 import jax
 
+from lnjax.alive import Notice, Watchdog
 from lnjax.checkpoint.store import Checkpoints
+from lnjax.errors import Stopped
 from lnjax.metrics import MetricsLog
 
 
@@ -36,12 +38,21 @@ class Stage:
     """config.json of the model, so that a checkpoint describes itself."""
     evals: Mapping[str, Any]
     """Evaluations so far; kept with every checkpoint."""
+    watchdog: Watchdog
+    notice: Notice
+
+    def begin(self, step: int) -> None:
+        self.watchdog.at(f"{self.name} step {step}")
+
+    def stop_asked(self) -> bool:
+        """Collective, once at the end of every step; all processes get the same answer."""
+        return self.notice.reached()
 
     def due(self, step: int) -> bool:
         return bool(self.every) and step % self.every == 0
 
-    def save(self, step: int, tree: Mapping[str, Any], *, cursor: Mapping[str, Any]) -> None:
-        """Checkpoint the tree with the data and metrics cursors, in the background."""
+    def save(self, step: int, tree: Mapping[str, Any], *, cursor: Mapping[str, Any], stop: bool) -> None:
+        """Checkpoint the tree with the data and metrics cursors, in the background. With `stop`, wait and raise Stopped."""
         with self.log.phase("save"):
             self.store.save(
                 dict(tree),
@@ -55,6 +66,10 @@ class Stage:
                     "evals": dict(self.evals),
                 },
             )
+            if stop:
+                self.store.wait()
+                raise Stopped(f"asked to stop; {self.name} step {step} is saved, the same command goes on from there")
 
     def restore(self, saved: Mapping[str, Any], abstract: Mapping[str, Any]) -> Mapping[str, Any]:
-        return self.store.restore(saved["number"], dict(abstract))
+        with self.log.phase("restore"):
+            return self.store.restore(saved["number"], dict(abstract))

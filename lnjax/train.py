@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lnjax import grpo, sft
+from lnjax.alive import Notice, Watchdog
 from lnjax.build import Built, Resources, build, build_engine, initial_params
 from lnjax.checkpoint.hf import save_hf
 from lnjax.checkpoint.store import Checkpoints
@@ -20,6 +21,7 @@ from lnjax.fit import check_fits
 from lnjax.metrics import MetricsLog, peak_memory_bytes, write_json
 from lnjax.models.hf import hf_config
 from lnjax.report import plot_run
+from lnjax.rewards.first import FirstScores
 from lnjax.rewards.pool import build_reward
 from lnjax.schema import RunConfig
 from lnjax.stage import Position, Stage
@@ -50,9 +52,13 @@ def check(c: RunConfig, run_dir: Path) -> str:
     return "\n".join(lines)
 
 
-def run(c: RunConfig, run_dir: Path) -> dict[str, Any]:
-    """Train; returns what it wrote into summary.json. A folder with checkpoints of the same config is resumed."""
+def run(c: RunConfig, run_dir: Path, *, watchdog: Watchdog, notice: Notice) -> dict[str, Any]:
+    """Train; returns what it wrote into summary.json. A folder with checkpoints of the same config is resumed.
+
+    Every process runs this same code; process 0 alone writes what is not a checkpoint, and decides where to begin.
+    """
     check_fits(c)
+    first = jax.process_index() == 0
     b = build(c, run_dir)
     lint_template(b.tokenizer)
     streams = _streams(b)
@@ -61,29 +67,36 @@ def run(c: RunConfig, run_dir: Path) -> dict[str, Any]:
     store = Checkpoints(run_dir / "checkpoints", keep=c.checkpoint.keep)
     latest = store.latest()
     if latest is not None:
-        store.verify(latest)  # before anything in the folder changes
-    save_config(c, run_dir)
-    (run_dir / "tokenizer").mkdir(exist_ok=True)
-    b.tokenizer.save(run_dir / "tokenizer")
+        with watchdog.phase("verify"):
+            store.verify(latest)  # before anything in the folder changes
+    if first:
+        save_config(c, run_dir)
+        (run_dir / "tokenizer").mkdir(exist_ok=True)
+        b.tokenizer.save(run_dir / "tokenizer")
     with contextlib.ExitStack() as stack:
         saved = None if latest is None else {"number": latest, **store.read_extra(latest)}
-        log = MetricsLog(run_dir, keep_lines=saved["metrics_lines"] if saved else 0)
+        keep = saved["metrics_lines"] if saved else 0
+        log = MetricsLog(run_dir, keep_lines=keep, writes=first, phases=watchdog.phase)
         stack.callback(log.close)
         stack.callback(store.close)
-        reward = stack.enter_context(build_reward(c.reward))
-        reward.start()
+        pool = stack.enter_context(build_reward(c.reward))
+        if first:
+            pool.start()
+        reward = pool if jax.process_count() == 1 else FirstScores(pool, deadline_s=c.cluster.step_deadline_s)
         engine, publisher = build_engine(b, note=log.note)
         stack.callback(engine.close)
         if saved:
             log.note(f"resuming {run_dir} from checkpoint {latest}: {saved['stage']} step {saved['step']}")
         r = Resources(log, store, engine, reward, publisher, streams)
-        params, evals = _run_stages(b, r, saved=saved)
+        params, evals = _run_stages(b, r, saved=saved, watchdog=watchdog, notice=notice)
         store.wait()
         if c.checkpoint.export_hf:
-            _export(b, params)
-        summary = _summarize(b, log, evals) | engine.report() | reward.report() | {"parity": r.parity}
-    write_json(run_dir / "summary.json", summary)
-    plot_run(run_dir)
+            with watchdog.phase("export"):
+                _export(b, params)
+        summary = _summarize(b, log, evals) | engine.report() | pool.report() | {"parity": r.parity}
+    if first:
+        write_json(run_dir / "summary.json", summary)
+        plot_run(run_dir)
     return summary
 
 
@@ -99,7 +112,9 @@ def _streams(b: Built) -> dict[str, Any]:
     return streams
 
 
-def _run_stages(b: Built, r: Resources, *, saved: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+def _run_stages(
+    b: Built, r: Resources, *, saved: dict[str, Any] | None, watchdog: Watchdog, notice: Notice
+) -> tuple[Any, dict[str, Any]]:
     """(final parameters, evaluations by what they came after)."""
     c, evals = b.config, dict(saved["evals"]) if saved else {}
     stages = stages_of(c)
@@ -111,11 +126,12 @@ def _run_stages(b: Built, r: Resources, *, saved: dict[str, Any] | None) -> tupl
         config = stages[first][1]
         updates = saved["updates"] - saved["step"] * getattr(config, "updates_per_step", 1)
     else:
-        params = initial_params(b)
+        with r.log.phase("load"):
+            params = initial_params(b)
         _keep(evals, "init", evaluate(b, r, after="init", step=0, params=params))
     for index in range(first, len(stages)):
         name, config = stages[index]
-        stage = Stage(name, r.store, r.log, c.checkpoint.every, described, evals)
+        stage = Stage(name, r.store, r.log, c.checkpoint.every, described, evals, watchdog, notice)
         here = saved if index == first else None
         source = functools.partial(lambda p: p, params)
         start = Position(source, updates, here["step"] if here else 0, here)

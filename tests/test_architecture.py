@@ -13,8 +13,8 @@ FLOORS = [
     {"errors"},
     {"architecture"},
     {"schema"},
-    {"types", "proxy"},
-    {"config"},
+    {"types", "proxy", "distributed"},
+    {"config", "alive"},
     {"mesh", "metrics", "health", "sources"},
     {"ops"},
     {"models", "learn"},
@@ -23,11 +23,24 @@ FLOORS = [
     {"source", "parity"},
     {"evaluate", "sft", "grpo"},
     {"report"},
-    {"train"},
+    {"train", "flags"},
+    {"slurm"},
     {"launch", "convert", "serve"},
 ]
 ROOMS = {"models", "learn", "ops", "data", "rollout", "rewards", "checkpoint"}
-NO_JAX = {"errors.py", "architecture.py", "schema.py", "config.py", "sources.py", "proxy.py", "launch.py"}
+NO_JAX = {
+    "errors.py",
+    "architecture.py",
+    "schema.py",
+    "config.py",
+    "sources.py",
+    "proxy.py",
+    "launch.py",
+    "distributed.py",
+    "alive.py",
+    "flags.py",
+    "slurm.py",
+}
 GUESTS = {
     "transformer_engine": "ops",
     "orbax": "checkpoint",

@@ -7,7 +7,9 @@ import time
 import pytest
 
 from lnjax import source, train
+from lnjax.alive import Notice, Watchdog
 from lnjax.config import load_config
+from lnjax.distributed import Place
 from lnjax.rollout.embedded import EmbeddedEngine
 
 pytestmark = pytest.mark.slow
@@ -17,7 +19,12 @@ def run(folder, *, steps=6, max_staleness=0):
     c = load_config("tiny_grpo")
     assert c.grpo
     grpo = dataclasses.replace(c.grpo, steps=steps, max_staleness=max_staleness)
-    train.run(dataclasses.replace(c, sft=None, eval=None, grpo=grpo), folder)
+    watchdog, notice = Watchdog(Place(), run_dir=folder, c=c.cluster), Notice(Place())
+    try:
+        train.run(dataclasses.replace(c, sft=None, eval=None, grpo=grpo), folder, watchdog=watchdog, notice=notice)
+    finally:
+        notice.close()
+        watchdog.close(0)
     return [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from lnjax.checkpoint.safetensors import INDEX, SINGLE, write_safetensors
 from lnjax.errors import CheckpointError
+from lnjax.mesh import fetch
 from lnjax.metrics import progress
 from lnjax.models.hf import TensorMap, hf_config, tensor_map
 from lnjax.schema import ModelSpec
@@ -106,9 +106,6 @@ def _tensors(
             value = value[key]
         if entry.stacked:
             value = value[layer]
-        if jax.process_count() > 1:
-            host = np.asarray(multihost_utils.process_allgather(value, tiled=True))
-        else:
-            host = np.asarray(jax.device_get(value))
+        host = fetch(value)
         yield name, (host.T if entry.transposed else host).astype(dtype)
         advance(1)

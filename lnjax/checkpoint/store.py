@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 from orbax.checkpoint.experimental import v1 as ocp
 
+from lnjax.distributed import from_first
 from lnjax.errors import CheckpointError
 from lnjax.metrics import progress
 
@@ -33,7 +34,7 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback o
 FORMAT = 1
 PARAMS = ("state/params/", "params/")
 SETTLE_S = 0.5
-BARRIER_MS = 600_000
+BARRIER_S = 600.0
 TEMPORARY = "tmp-"
 
 
@@ -47,22 +48,27 @@ class Checkpoints:
         self._failure: BaseException | None = None
         self._verified: set[int] = set()
         """Their digests were checked by this object already."""
+        self._number: int | None = None
+        """The last one given out; counted, because a folder's listing may lag behind on another host."""
         folder.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            for left in folder.glob(f"{TEMPORARY}*"):  # of a run that was killed while it saved or deleted
-                shutil.rmtree(left)
 
     def numbers(self) -> list[int]:
         """Committed checkpoints, oldest first."""
         return sorted(int(p.name) for p in self._folder.iterdir() if p.name.isdigit())
 
     def latest(self) -> int | None:
-        return max(self.numbers(), default=None)
+        """The newest that process 0 sees. Collective."""
+        return from_first("checkpoint", lambda: max(self.numbers(), default=None), deadline_s=BARRIER_S)
 
     def save(self, tree: Any, *, extra: Mapping[str, Any]) -> None:
         """Start writing `tree` and `extra` (JSON) under the next number. Raises what the previous save ran into."""
         self.wait()
-        number = (self.latest() or 0) + 1
+        if self._number is None:
+            self._number = self.latest() or 0
+            if jax.process_index() == 0:
+                for left in self._folder.glob(f"{TEMPORARY}*"):  # of a run that was killed while it saved or deleted
+                    shutil.rmtree(left)
+        number = self._number + 1
         flat = {path: jnp.copy(leaf) for path, leaf in flatten(tree).items()}  # the caller donates its arrays next
         jax.block_until_ready(flat)
         temporary = self._folder / f"{TEMPORARY}{number}"
@@ -80,6 +86,7 @@ class Checkpoints:
             self._abandon(temporary)
             self.wait()
             raise
+        self._number = number
         self._thread = threading.Thread(
             target=self._finish, args=(number, temporary, pending, arrays), name=f"checkpoint-{number}", daemon=True
         )
@@ -95,7 +102,8 @@ class Checkpoints:
             text = " ".join(str(failure).split())
             full = "No space left" in text or "RESOURCE_EXHAUSTED" in text or "Disk quota" in text
             fix = "free space there" if full else "check the folder and its file system"
-            kept = self.latest()
+            self._number = None
+            kept = max(self.numbers(), default=None)
             raise CheckpointError(
                 f"{self._folder}: the checkpoint could not be saved ({_shorten(text)}); {fix} and start again, "
                 + (f"the run resumes from checkpoint {kept}" if kept is not None else "there is no earlier checkpoint")
@@ -306,7 +314,7 @@ def _sync_folder(folder: Path) -> None:
 def barrier(name: str) -> None:
     """All processes, through the coordination service (never a device program: this may run beside the learner)."""
     if jax.process_count() > 1:
-        multihost.get_barrier_sync_fn()(key=f"lnjax checkpoint {name}", timeout_ms=BARRIER_MS)
+        multihost.get_barrier_sync_fn()(key=f"lnjax checkpoint {name}", timeout_ms=int(1000 * BARRIER_S))
 
 
 def _shorten(text: str) -> str:
