@@ -22,10 +22,11 @@ FLOORS = [
     {"evaluate", "sft", "grpo"},
     {"report"},
     {"train"},
-    {"launch", "convert"},
+    {"planner"},
+    {"launch", "plan", "convert"},
 ]
-ROOMS = {"models", "learn", "ops", "data", "rollout", "rewards", "checkpoint"}
-NO_JAX = {"errors.py", "schema.py", "config.py", "sources.py", "launch.py"}
+ROOMS = {"models", "learn", "ops", "data", "rollout", "rewards", "checkpoint", "planner"}
+NO_JAX = {"errors.py", "schema.py", "config.py", "sources.py", "launch.py", "plan.py"}
 GUESTS = {
     "transformer_engine": "ops",
     "orbax": "checkpoint",
@@ -36,7 +37,7 @@ GUESTS = {
     "grain": "data",
     "jinja2": "data",
     "tensorboardX": "metrics.py",
-    "rich": ("metrics.py", "launch.py"),
+    "rich": ("metrics.py", "launch.py", "plan.py", "planner"),
     "tyro": ("config.py", "schema.py"),
     "matplotlib": "report.py",
     "math_verify": "rewards",

@@ -32,9 +32,7 @@ def attention_sharded(
         start = jax.lax.axis_index("context") * q.shape[1] if positions else jnp.int32(0)
         return kernel(q, k, v, q_segments, k_segments, start)
 
-    run = jax.shard_map(
-        local, mesh=mesh, in_specs=(queries, keys, keys, *segments), out_specs=queries, check_vma=False
-    )
+    run = jax.shard_map(local, mesh=mesh, in_specs=(queries, keys, keys, *segments), out_specs=queries, check_vma=False)
     return run(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BT)
 
 
