@@ -1,6 +1,7 @@
 """What every loop needs, built once from the config: what can fail, fails here, before any training."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from lnjax.models.hf import hf_config
 from lnjax.ops.select import select_ops
 from lnjax.rollout.embedded import EmbeddedEngine
 from lnjax.rollout.vllm import VllmEngine
-from lnjax.schema import EmbeddedConfig, ModelConfig, ModelSpec, RunConfig, SamplingConfig
+from lnjax.schema import BlockSpec, EmbeddedConfig, ModelConfig, ModelSpec, RunConfig, SamplingConfig
 from lnjax.types import RolloutEngine, SamplingParams
 
 
@@ -61,6 +62,8 @@ class Resources:
     """Agreement of servers and learner over the whole process, for summary.json."""
 
 
+CHECKPOINT_DECIDES = ("max_position", "bos_token_id", "eos_token_ids", "initializer_range")
+"""Of a spec: what no weight depends on. A checkpoint may differ from the config's spec there, and is believed."""
 KEY_INIT, KEY_ENGINE, KEY_STATE = range(3)
 """Purposes folded into the base key."""
 
@@ -69,15 +72,37 @@ def tokenizer_source(c: ModelConfig) -> str:
     return c.source if c.tokenizer == "same" else c.tokenizer
 
 
+def model_spec(c: ModelConfig) -> ModelSpec:
+    """The architecture. Raises ConfigError where the checkpoint is of another than the config's."""
+    if c.source == "random":
+        if c.spec is None:
+            raise ConfigError("model.source=random needs model.spec; give one in the config or another --model.source")
+        return c.spec
+    found = read_spec(c.source)
+    if c.spec is not None:
+        for field in dataclasses.fields(ModelSpec):
+            wanted, got = getattr(c.spec, field.name), getattr(found, field.name)
+            if wanted != got and field.name not in CHECKPOINT_DECIDES:
+                detail = _differ(wanted, got) if field.name == "blocks" else f"{field.name} is {got}, not {wanted}"
+                raise ConfigError(
+                    f"{c.source} is another model than the config's: {detail}; give the folder of that model "
+                    "(--model.source) or use its own config"
+                )
+    return found
+
+
+def _differ(wanted: Sequence[BlockSpec], got: Sequence[BlockSpec]) -> str:
+    pairs = [(i, w, g) for i, (w, g) in enumerate(zip(wanted, got, strict=False)) if w != g]
+    if not pairs:
+        return f"it has {len(got)} blocks, not {len(wanted)}"
+    i, w, g = pairs[0]
+    return f"block {i} is {g}, not {w}"
+
+
 def build(c: RunConfig, run_dir: Path) -> Built:
     """Mesh, kernels, architecture, tokenizer. Reads no weights."""
     mesh = make_mesh(c.mesh)
-    if c.model.source == "random":
-        if c.model.spec is None:
-            raise ConfigError("model.source=random needs model.spec; give one in the config or another --model.source")
-        spec = c.model.spec
-    else:
-        spec = read_spec(c.model.source)
+    spec = model_spec(c.model)
     tokenizer = load_tokenizer(tokenizer_source(c.model))
     if tokenizer.vocab_size > spec.vocab_size:
         raise ConfigError(

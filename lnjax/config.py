@@ -17,12 +17,15 @@ from typing import Any, NoReturn
 import tyro
 
 from lnjax.errors import ConfigError
+from lnjax.proxy import proxy
 from lnjax.schema import RunConfig, VllmConfig
 
 MARKS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
 FREE_ON_RESUME = ("sft.steps", "grpo.steps", "checkpoint.every", "checkpoint.keep", "checkpoint.export_hf")
 """Keys a resumed run may change."""
-USAGE = "usage: python -m lnjax.launch --config NAME [--run-dir DIR] [--dry-run] [--any.key value ...] [--help]"
+USAGE = (
+    "usage: python -m lnjax.launch --config NAME [--run-dir DIR] [--dry-run] [--proxy] [--any.key value ...] [--help]"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,8 @@ class Job:
     config: RunConfig
     run_dir: Path
     dry_run: bool
+    proxy: bool = False
+    """The config is one made small by lnjax.proxy, for 8 virtual CPU devices."""
 
 
 def config_names() -> list[str]:
@@ -59,13 +64,15 @@ def load_config(name: str) -> RunConfig:
 
 def parse(argv: Sequence[str]) -> Job:
     """The job of a command line. Raises ConfigError for an unknown key, a wrong type or values that do not fit."""
-    name, run_dir, dry_run, rest = None, None, False, []
+    name, run_dir, dry_run, small, rest = None, None, False, False, []
     words = [w for word in argv for w in (word.split("=", 1) if word.startswith("--") and "=" in word else [word])]
     position = 0
     while position < len(words):
         word = words[position]
         if word == "--dry-run":
             dry_run = True
+        elif word == "--proxy":
+            small = True
         elif word in ("--config", "--run-dir"):
             position += 1
             if position == len(words):
@@ -83,9 +90,9 @@ def parse(argv: Sequence[str]) -> Job:
             sys.exit(0)
         raise ConfigError(f"--config is missing; there are {', '.join(config_names())}. {USAGE}")
     config = load_config(name)
-    config = override(config, rest)
+    config = override(proxy(config) if small else config, rest)
     validate(config)
-    return Job(config, run_dir or Path("runs") / config.name, dry_run)
+    return Job(config, run_dir or Path("runs") / config.name, dry_run, small)
 
 
 def override(config: RunConfig, words: Sequence[str]) -> RunConfig:
@@ -205,6 +212,14 @@ def validate(c: RunConfig) -> None:
     if c.model.source == "random" and c.model.tokenizer == "same":
         raise ConfigError("model.source=random brings no tokenizer; set model.tokenizer")
     _positive(c, {"engine.max_len", "reward.num_workers", "reward.deadline_s", "checkpoint.keep"})
+    if c.reward.judge:
+        _positive(c, {"reward.judge.deadline_s", "reward.judge.concurrency"})
+        address = c.reward.judge.address
+        if c.reward.judge.retries < 0 or not (address.startswith(("http://", "https://")) or address == "rule"):
+            raise ConfigError(
+                f"reward.judge.address={address!r}, retries={c.reward.judge.retries}; expected "
+                "http://host:port or `rule`, and no negative number"
+            )
     if isinstance(c.engine, VllmConfig):
         _validate_vllm(c, c.engine)
     else:
@@ -249,6 +264,10 @@ def _validate_grpo(c: RunConfig) -> None:
             f"grpo.max_staleness={g.max_staleness}, grpo.loss.importance_cap={g.loss.importance_cap:g}; stale tokens need a "
             "positive cap on their importance weights (2 is usual)"
         )
+    if g.curriculum:
+        _positive(c, {"grpo.curriculum.sigma", "grpo.curriculum.bins", "grpo.curriculum.drop_at"})
+        if g.curriculum.batches < 0:
+            raise ConfigError(f"grpo.curriculum.batches={g.curriculum.batches} must be positive, or 0 for all prompts")
     if g.samples_per_prompt < 2:
         raise ConfigError("grpo.samples_per_prompt must be at least 2: advantages compare the samples of a prompt")
     longest = g.prompts.max_prompt_tokens + g.sampling.max_new_tokens

@@ -31,7 +31,7 @@ FIRST_PART = ("sampler_kl", "prob_error")
 
 
 def build_stream(b: Built, c: GrpoConfig) -> PromptStream:
-    return build_prompt_stream(c.prompts, b.tokenizer)
+    return build_prompt_stream(c.prompts, b.tokenizer, curriculum=c.curriculum, batch_size=c.prompts_per_step)
 
 
 def build_updater(model: Model, c: GrpoConfig, *, dtype: Any) -> Updater:

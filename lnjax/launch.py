@@ -1,12 +1,14 @@
-"""python -m lnjax.launch --config NAME [--run-dir DIR] [--dry-run] [--any.key value]"""
+"""python -m lnjax.launch --config NAME [--run-dir DIR] [--dry-run] [--proxy] [--any.key value]"""
 
 import errno
+import os
 import sys
 
 from rich.console import Console
 
 from lnjax.config import config_hash, parse, render
 from lnjax.errors import LnjaxError
+from lnjax.proxy import ENVIRONMENT
 
 
 def main(argv: list[str]) -> int:
@@ -16,6 +18,9 @@ def main(argv: list[str]) -> int:
         console = Console(soft_wrap=True)
         console.print(render(job.config), highlight=False, markup=False)
         console.print(f"config {job.config.name} {config_hash(job.config)} -> {job.run_dir}", highlight=False)
+        if job.proxy:
+            flags = f"{os.environ.get('XLA_FLAGS', '')} {ENVIRONMENT['XLA_FLAGS']}"
+            os.environ |= {**ENVIRONMENT, "XLA_FLAGS": flags.strip()}
         from lnjax import train  # noqa: PLC0415 - jax takes seconds to import; the config is on screen meanwhile
 
         if job.dry_run:

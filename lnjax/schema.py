@@ -9,76 +9,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lnjax.errors import ConfigError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RopeSpec:
-    """Rotary position embedding; `llama3` scaling when factor > 1 (Llama 3.1 model card)."""
-
-    theta: float = 10000.0
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionSpec:
-    num_kv_heads: int
-
-
-@dataclass(frozen=True, slots=True)
-class FfnSpec:
-    width: int
-
-
-@dataclass(frozen=True, slots=True)
-class BlockSpec:
-    """One transformer block. None is a no-op: neither its norm nor its weights exist."""
-
-    source_layer: int
-    """Index in the checkpoint's names (`model.layers.N`)."""
-    attention: AttentionSpec | None
-    ffn: FfnSpec | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSpec:
-    """Architecture of a Llama or Nemotron-NAS decoder."""
-
-    vocab_size: int
-    d_model: int
-    num_heads: int
-    head_dim: int
-    blocks: tuple[BlockSpec, ...]
-    """Blocks that do something; a block with neither part is left out (its number is a gap in source_layer)."""
-    num_source_layers: int
-    """Layers the checkpoint's config.json counts, empty ones included."""
-    tied_embeddings: bool
-    rms_eps: float = 1e-5
-    rope: RopeSpec = RopeSpec()
-    max_position: int = 8192
-    bos_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
-    initializer_range: float = 0.02
-
-    def __post_init__(self):
-        if not self.blocks:
-            raise ConfigError("ModelSpec.blocks is empty; a decoder needs at least one block")
-        for block in self.blocks:
-            if block.attention and self.num_heads % block.attention.num_kv_heads:
-                raise ConfigError(
-                    f"block {block.source_layer}: {block.attention.num_kv_heads} kv heads do not divide "
-                    f"num_heads={self.num_heads}"
-                )
-        if self.head_dim % 2:
-            raise ConfigError(f"head_dim={self.head_dim} must be even for rotary embedding")
-
-
-def uniform_blocks(*, num_layers: int, num_kv_heads: int, ffn: int) -> tuple[BlockSpec, ...]:
-    """Blocks of a plain Llama."""
-    return tuple(BlockSpec(i, AttentionSpec(num_kv_heads), FfnSpec(ffn)) for i in range(num_layers))
+from lnjax.architecture import AttentionSpec as AttentionSpec
+from lnjax.architecture import BlockSpec as BlockSpec
+from lnjax.architecture import FfnSpec as FfnSpec
+from lnjax.architecture import ModelSpec as ModelSpec
+from lnjax.architecture import RopeSpec as RopeSpec
+from lnjax.architecture import uniform_blocks as uniform_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +23,7 @@ class ModelConfig:
     """Weights: `random` (needs spec), a folder in Hugging Face format, the folder of an earlier run, a .gguf file, or
     `package:NAME/FILE.gguf` for a file that an installed Python package ships."""
     spec: Annotated[ModelSpec | None, tyro.conf.Suppress] = None
-    """Architecture for source=random; read from the checkpoint otherwise."""
+    """Architecture: needed for source=random, else what the checkpoint must have. None: whatever it has."""
     tokenizer: str = "same"
     """`same` as source, another folder or .gguf, or `arithmetic` (built in: single characters with Llama-3 headers)."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -235,6 +171,25 @@ EngineConfig = EmbeddedConfig | VllmConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JudgeConfig:
+    """A language model behind an OpenAI-compatible server that says whether an answer agrees with the reference."""
+
+    address: str
+    """`http://host:port`, its key (if any) in $LNJAX_JUDGE_KEY; or `rule`: a stand-in that is started in this process and
+    compares the last numbers."""
+    model: str = ""
+    """Name under which the server knows the model."""
+    deadline_s: float = 60.0
+    """Seconds for one answer's verdict, all tries included; past it the sample scores 0."""
+    concurrency: int = 64
+    """Requests under way at once."""
+    retries: int = 4
+    """Further tries, with growing pauses, after no reply, a server error or a reply that is no verdict."""
+    rule_first: bool = True
+    """Expressions that math-verify finds equal are right without asking."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RewardConfig:
     num_workers: int = 2
     """Processes that run verifiers."""
@@ -242,6 +197,8 @@ class RewardConfig:
     """Seconds one completion's verifier may take; past it the worker is killed and the sample scores 0."""
     format: Literal["none", "think"] = "none"
     """`think` multiplies by the think-tag check: reasoning on needs exactly one <think>…</think>, off none."""
+    judge: JudgeConfig | None = None
+    """Behind the verifier `judge`; None where no prompt asks for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,10 +212,30 @@ class PromptConfig:
     """Prompts in the source before it repeats in another order; 0: all of a file."""
     seed: int = 0
     """Of generated sources, and of the order."""
+    verifier: str = ""
+    """Of every prompt, whatever its row asks for; empty: the row's own."""
     system_prompt: str = ""
     """Sent as the system message where a row has none; empty sends none."""
     max_prompt_tokens: int = 512
     """A longer prompt is an error that names its row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CurriculumConfig:
+    """Prompts from easy to hard by their measured pass rates; the algorithm stands in lnjax/data/curriculum.py."""
+
+    drop_at: float = 0.75
+    """Prompts of this pass rate and above are left out."""
+    start: float = 0.625
+    """Centre of the first batch's target over pass rates."""
+    end: float = 0.0
+    """Centre of the last batch's."""
+    sigma: float = 0.125
+    """Width of the target, in pass rate."""
+    bins: int = 8
+    """Steps between pass rates 0 and 1; as many as samples measured each."""
+    batches: int = 0
+    """Batches over which the centre moves; 0: as many as the prompts fill. With more prompts it stays at the end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -335,6 +312,8 @@ class GrpoConfig:
     """Group-relative policy optimization with a rollout engine and verifiers."""
 
     prompts: PromptConfig
+    curriculum: CurriculumConfig | None = None
+    """Order of the prompts; None: a new random one every epoch."""
     prompts_per_step: int
     """P: prompts of one rl_step."""
     samples_per_prompt: int

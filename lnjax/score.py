@@ -13,7 +13,9 @@ def score_groups(
 ) -> list[RolloutGroup]:
     """One group a prompt. A completion that did not finish scores 0."""
     requests = [
-        ScoreRequest(prompt.verifier, prompt.args, prompt.reasoning, tokenizer.decode(c.token_ids), c.finished)
+        ScoreRequest(
+            prompt.verifier, prompt.args, prompt.reasoning, tokenizer.decode(c.token_ids), c.finished, prompt.text
+        )
         for prompt, group in zip(prompts, completions_PG, strict=True)
         for c in group
     ]

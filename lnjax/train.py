@@ -16,6 +16,7 @@ from lnjax.config import check_run_dir, config_hash, save_config
 from lnjax.data.chat import lint_template
 from lnjax.data.streams import build_prompt_stream
 from lnjax.evaluate import EvalResult, evaluate
+from lnjax.fit import check_fits
 from lnjax.metrics import MetricsLog, peak_memory_bytes, write_json
 from lnjax.models.hf import hf_config
 from lnjax.report import plot_run
@@ -33,6 +34,7 @@ def stages_of(c: RunConfig) -> list[tuple[str, Any]]:
 
 def check(c: RunConfig, run_dir: Path) -> str:
     """Validate all that can be without training: files, tokenizer, template, data, mesh, shapes. Returns a report."""
+    check_fits(c)
     b = build(c, run_dir)
     lint_template(b.tokenizer)
     lines = [
@@ -50,6 +52,7 @@ def check(c: RunConfig, run_dir: Path) -> str:
 
 def run(c: RunConfig, run_dir: Path) -> dict[str, Any]:
     """Train; returns what it wrote into summary.json. A folder with checkpoints of the same config is resumed."""
+    check_fits(c)
     b = build(c, run_dir)
     lint_template(b.tokenizer)
     streams = _streams(b)
@@ -67,9 +70,10 @@ def run(c: RunConfig, run_dir: Path) -> dict[str, Any]:
         log = MetricsLog(run_dir, keep_lines=saved["metrics_lines"] if saved else 0)
         stack.callback(log.close)
         stack.callback(store.close)
+        reward = stack.enter_context(build_reward(c.reward))
+        reward.start()
         engine, publisher = build_engine(b, note=log.note)
         stack.callback(engine.close)
-        reward = stack.enter_context(build_reward(c.reward))
         if saved:
             log.note(f"resuming {run_dir} from checkpoint {latest}: {saved['stage']} step {saved['step']}")
         r = Resources(log, store, engine, reward, publisher, streams)
@@ -77,7 +81,7 @@ def run(c: RunConfig, run_dir: Path) -> dict[str, Any]:
         store.wait()
         if c.checkpoint.export_hf:
             _export(b, params)
-        summary = _summarize(b, log, evals) | engine.report() | {"parity": r.parity}
+        summary = _summarize(b, log, evals) | engine.report() | reward.report() | {"parity": r.parity}
     write_json(run_dir / "summary.json", summary)
     plot_run(run_dir)
     return summary
@@ -89,8 +93,9 @@ def _streams(b: Built) -> dict[str, Any]:
     streams = {name: LOOPS[name].build_stream(b, stage) for name, stage in stages_of(c)}
     if c.eval:
         streams["eval"] = build_prompt_stream(c.eval.prompts, b.tokenizer)
-    for name in streams.keys() & {"grpo", "eval"}:
-        build_reward(c.reward).check([p.verifier for p in streams[name].prompts])
+    with build_reward(c.reward) as reward:
+        for name in streams.keys() & {"grpo", "eval"}:
+            reward.check([p.verifier for p in streams[name].prompts])
     return streams
 
 

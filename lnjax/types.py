@@ -28,6 +28,8 @@ class Prompt:
     """The last user message, for judges and for people."""
     reasoning: bool = False
     """True where the system prompt switched thinking on."""
+    pass_rate: float | None = None
+    """Share of a reference model's samples that were right, where it was measured."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,15 @@ PACKAGE = ROOT / "lnjax"
 
 FLOORS = [
     {"errors"},
+    {"architecture"},
     {"schema"},
-    {"types", "config"},
+    {"types", "proxy"},
+    {"config"},
     {"mesh", "metrics", "health", "sources"},
     {"ops"},
     {"models", "learn"},
     {"data", "rollout", "rewards", "checkpoint"},
-    {"build", "score", "stage"},
+    {"build", "score", "stage", "fit"},
     {"source", "parity"},
     {"evaluate", "sft", "grpo"},
     {"report"},
@@ -26,7 +28,7 @@ FLOORS = [
     {"launch", "plan", "convert"},
 ]
 ROOMS = {"models", "learn", "ops", "data", "rollout", "rewards", "checkpoint", "planner"}
-NO_JAX = {"errors.py", "schema.py", "config.py", "sources.py", "launch.py", "plan.py"}
+NO_JAX = {"errors.py", "architecture.py", "schema.py", "config.py", "sources.py", "proxy.py", "launch.py", "plan.py"}
 GUESTS = {
     "transformer_engine": "ops",
     "orbax": "checkpoint",
@@ -42,7 +44,7 @@ GUESTS = {
     "matplotlib": "report.py",
     "math_verify": "rewards",
     "nltk": "rewards",
-    "httpx": "rollout",
+    "httpx": ("rollout", "rewards"),
     "torch": (),  # these three only in PLUGIN
     "vllm": (),
     "tensorstore": (),
@@ -141,7 +143,7 @@ def test_a_server_process_starts_without_jax():
 
 
 def test_workers_of_the_reward_pool_never_import_jax():
-    for name in ("worker", "verifiers", "protocol", "format", "ifeval"):
+    for name in ("worker", "verifiers", "protocol", "format", "ifeval", "judge", "rule_judge"):
         text = (PACKAGE / "rewards" / f"{name}.py").read_text(encoding="utf-8")
         assert not [n for n in imports(text) if n.split(".")[0] == "jax" or n.startswith("lnjax.types")]
 

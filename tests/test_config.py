@@ -17,6 +17,7 @@ from lnjax.config import (
     validate,
 )
 from lnjax.errors import ConfigError
+from lnjax.models.family import family
 
 
 @pytest.mark.parametrize("name", config_names())
@@ -24,6 +25,51 @@ def test_every_shipped_config_loads_and_validates(name):
     config = load_config(name)
     validate(config)
     assert config.name == name
+
+
+PUBLISHED = {
+    "nano4b_sft": "nano4b",
+    "nano4b_grpo": "nano4b",
+    "nano8b_sft": "nano8b",
+    "nano8b_grpo": "nano8b",
+    "super49b_sft": "super49b",
+    "super49b_grpo": "super49b",
+    "ultra_sft": "ultra253b",
+    "ultra_grpo": "ultra253b",
+}
+
+
+@pytest.mark.parametrize(("name", "model"), PUBLISHED.items())
+def test_every_model_of_the_family_has_configs_with_its_own_blocks(name, model):
+    config = load_config(name)
+    assert config.model.spec == family(model)
+    shards = config.mesh.data * config.mesh.fsdp
+    for stage in filter(None, (config.sft, config.grpo)):
+        assert stage.pack.microbatch_rows % shards == 0, "every shard of the batch needs a row"
+
+
+def test_the_published_run_is_1152_rollouts_in_two_global_batches_of_576():
+    config = load_config("ultra_grpo")
+    g, e = config.grpo, config.engine
+    assert g.prompts_per_step * g.samples_per_prompt == 1152 == g.updates_per_step * 576
+    assert (g.sampling.temperature, g.sampling.top_p, g.max_staleness) == (1.0, 1.0, 0)
+    assert g.prompts.max_prompt_tokens + g.sampling.max_new_tokens == e.max_len == g.pack.row_tokens == 16_384
+    assert config.mesh.fsdp * config.mesh.tensor == 64 * 8
+    assert (e.num_servers * e.tensor_parallel, e.num_servers * e.max_sequences, e.quantization) == (64, 1152, "fp8")
+    assert 64 * 8 + 64 == 576
+
+
+def test_the_published_fine_tuning_has_its_rows_batches_and_rates():
+    found = {}
+    for name in ("nano8b_sft", "super49b_sft", "ultra_sft"):
+        s = load_config(name).sft
+        o = s.optimizer
+        found[name] = (s.pack.row_tokens, s.batch_rows, o.learning_rate, o.schedule, o.warmup_steps * 10 == s.steps)
+    assert found == {
+        "nano8b_sft": (32 * 1024, 256, 1e-4, "cosine", True),
+        "super49b_sft": (16 * 1024, 256, 5e-6, "constant", False),
+        "ultra_sft": (24 * 1024, 256, 1e-5, "cosine", True),
+    }
 
 
 def test_overrides_are_typed_and_reach_their_leaf():
@@ -84,11 +130,13 @@ def test_a_run_folder_of_another_config_is_refused_and_says_what_differs(tmp_pat
     assert json.loads((tmp_path / "config.json").read_text())["hash"] == config_hash(config)
 
 
-def test_every_knob_is_documented_in_help(capsys):
+@pytest.mark.parametrize("name", ["tiny_grpo", "ultra_grpo"])
+def test_every_knob_is_documented_in_help(capsys, name):
     with pytest.raises(SystemExit) as stop:
-        parse(["--config", "tiny_grpo", "--help"])
+        parse(["--config", name, "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    keys = [k for k in flat(to_dict(load_config("tiny_grpo"))) if not k.startswith("model.spec")]
+    values = flat(to_dict(load_config(name)))
+    keys = [k for k, v in values.items() if not k.startswith("model.spec") and v is not None]
     missing = [k for k in keys if "--" + k.replace("_", "-") not in text]
     assert missing == []

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lnjax.build import model_spec
 from lnjax.checkpoint.hf import save_hf
 from lnjax.checkpoint.load import load_weights, read_spec
 from lnjax.convert import main as convert
 from lnjax.data.tokenizer import load_tokenizer
-from lnjax.errors import CheckpointError, WeightsError
+from lnjax.errors import CheckpointError, ConfigError, WeightsError
 from lnjax.models.hf import ffn_width, hf_config, spec_from_hf_config, tensor_map
-from lnjax.schema import MeshConfig
+from lnjax.schema import BlockSpec, FfnSpec, MeshConfig, ModelConfig
 from lnjax.sources import resolve_source
 from tests.specs import llama, nemotron
 
@@ -57,6 +58,19 @@ def test_the_published_rounding_of_ffn_widths(ffn_mult, d_model, width):
 )
 def test_a_spec_survives_its_config_json(spec):
     assert spec_from_hf_config(json.loads(json.dumps(hf_config(spec, dtype="bfloat16")))) == spec
+
+
+def test_a_checkpoint_of_another_model_than_the_config_s_is_named_block_by_block(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(nemotron(max_position=64), dtype="bfloat16")))
+    source = str(tmp_path)
+    assert model_spec(ModelConfig(source=source, spec=nemotron())).max_position == 64
+    with pytest.raises(ConfigError, match="another model than the config's: tied_embeddings is False, not True"):
+        model_spec(ModelConfig(source=source, spec=nemotron(tied_embeddings=True)))
+    other = (*nemotron().blocks[:1], BlockSpec(1, None, FfnSpec(128)), *nemotron().blocks[2:])
+    with pytest.raises(ConfigError, match=r"block 1 is .*width=96.*, not .*width=128"):
+        model_spec(ModelConfig(source=source, spec=nemotron(blocks=other)))
+    with pytest.raises(ConfigError, match="it has 5 blocks, not 4"):
+        model_spec(ModelConfig(source=source, spec=nemotron(blocks=nemotron().blocks[:4])))
 
 
 def test_every_tensor_is_named_once_and_absent_parts_are_not():

@@ -214,6 +214,24 @@ def test_a_bad_command_line_is_one_line(capfd, tmp_path, words, message):
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_a_job_that_cannot_run_here_says_what_it_needs_and_three_ways_on(capfd, tmp_path, dry):
+    line = fails(capfd, "--config", "ultra_grpo", "--run-dir", tmp_path / "r", *dry)
+    assert "needs 512 devices" in line and "fsdp=64" in line and "tensor=8" in line
+    assert "64 GPUs for its servers" in line and "5,068.0 GB" in line and "here are 8 (cpu)" in line
+    for way in ("lnjax.plan --config ultra_grpo", "--proxy", "--slurm nodes=72"):
+        assert way in line
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_train_state_larger_than_the_memory_is_refused_before_it_is_made(capfd, tmp_path, monkeypatch):
+    monkeypatch.setattr("lnjax.fit._memory", lambda: 640 * 10**9)
+    line = fails(
+        capfd, "--config", "super49b_sft", "--run-dir", tmp_path / "r", "--mesh.fsdp", "4", "--mesh.tensor", "2"
+    )
+    assert "needs 8 devices" in line and "797.9 GB" in line
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

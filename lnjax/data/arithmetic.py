@@ -29,6 +29,7 @@ def arithmetic_rows(*, num_rows: int, seed: int, split: str) -> list[Row]:
             "args": {"verifier": "integer", "answer": answer},
             "category": "math",
             "reasoning": mode,
+            "pass_rate": pass_rate(problem),
             "system_prompt": SWITCH[mode],
         }
         if len(rows) == num_rows:
@@ -37,6 +38,13 @@ def arithmetic_rows(*, num_rows: int, seed: int, split: str) -> list[Row]:
         f"arithmetic: only {len(rows)} distinct problems in split {split!r}, {num_rows} asked for; lower num_prompts or "
         "num_examples"
     )
+
+
+def pass_rate(problem: str) -> float:
+    """A stand-in for a measured one: less for a subtraction, a carry or borrow, a result that has not two digits."""
+    a, sign, b = int(problem[:2]), problem[2], int(problem[3:])
+    result, ones = (a + b, a % 10 + b % 10) if sign == "+" else (a - b, a % 10 - b % 10)
+    return 0.875 - 0.25 * sum([sign == "-", not 0 <= ones <= 9, not 10 <= result <= 99])
 
 
 def _problems(rng: random.Random) -> Iterator[tuple[str, str, str]]:

@@ -72,7 +72,9 @@ def to_sample(row: Row, *, where: str, tokenizer: Tokenizer, max_tokens: int) ->
     return sample
 
 
-def to_prompt(row: Row, *, where: str, tokenizer: Tokenizer, max_tokens: int, system_prompt: str = "") -> Prompt:
+def to_prompt(
+    row: Row, *, where: str, tokenizer: Tokenizer, max_tokens: int, system_prompt: str = "", verifier: str = ""
+) -> Prompt:
     """An RL row as a Prompt with id `where`. Raises DataError naming the row."""
     messages = messages_of(row, where=where, system_prompt=system_prompt)
     args = row.get("args")
@@ -80,7 +82,11 @@ def to_prompt(row: Row, *, where: str, tokenizer: Tokenizer, max_tokens: int, sy
         raise DataError(
             f"{where}: key `args` must be an object with what the verifier checks against, got {args!r:.80}"
         )
-    verifier = _verifier(args, where=where)
+    verifier = verifier or _verifier(args, where=where)
+    if verifier == "judge" and not {"answer", "expected_answer"} & args.keys():
+        raise DataError(
+            f"{where}: args has {sorted(args)}; the judge compares with `answer` or `expected_answer`: add one"
+        )
     ids = prompt_ids(tokenizer, messages)
     if len(ids) > max_tokens:
         raise DataError(
@@ -94,7 +100,15 @@ def to_prompt(row: Row, *, where: str, tokenizer: Tokenizer, max_tokens: int, sy
         args=args,
         text=messages[-1]["content"],
         reasoning=row.get("reasoning", "off") == "on",
+        pass_rate=_pass_rate(row, where=where),
     )
+
+
+def _pass_rate(row: Row, *, where: str) -> float | None:
+    rate = row.get("pass_rate")
+    if rate is not None and not (isinstance(rate, int | float) and 0 <= rate <= 1):
+        raise DataError(f"{where}: pass_rate={rate!r:.40}, expected a number from 0 to 1")
+    return rate
 
 
 def _verifier(args: Mapping[str, Any], *, where: str) -> str:

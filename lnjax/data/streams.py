@@ -10,12 +10,13 @@ import numpy as np
 from grain import experimental
 
 from lnjax.data.arithmetic import arithmetic_rows
+from lnjax.data.curriculum import order_prompts
 from lnjax.data.ifeval_prompts import ifeval_prompts
 from lnjax.data.rows import Row, read_jsonl, to_prompt, to_sample
 from lnjax.data.tokenizer import Tokenizer
 from lnjax.errors import ConfigError, DataError
 from lnjax.metrics import progress
-from lnjax.schema import PromptConfig, SftConfig
+from lnjax.schema import CurriculumConfig, PromptConfig, SftConfig
 from lnjax.types import PackedBatch, Prompt, Sample
 
 REASONING_GYM = "reasoning_gym:"
@@ -23,12 +24,13 @@ HELDOUT_SEED = 1_000_003  # added to the seed of generators that cannot split by
 
 
 class PromptStream:
-    """Prompts in a new order every epoch, addressed by one global index."""
+    """Prompts in a new order every epoch (or in the given one, again and again), addressed by one global index."""
 
-    def __init__(self, prompts: Sequence[Prompt], *, seed: int):
+    def __init__(self, prompts: Sequence[Prompt], *, seed: int, shuffle: bool = True):
         self.prompts = list(prompts)
         """Each once, in the order of the source."""
-        self._order: Any = grain.MapDataset.source(self.prompts).seed(seed).shuffle().repeat()
+        order: Any = grain.MapDataset.source(self.prompts).seed(seed)
+        self._order: Any = (order.shuffle() if shuffle else order).repeat()
         self._next = 0
 
     def take(self, count: int) -> list[Prompt]:
@@ -81,19 +83,32 @@ class SftStream:
         self._batches.set_state(cursor["grain"])
 
 
-def build_prompt_stream(c: PromptConfig, tokenizer: Tokenizer) -> PromptStream:
-    """Every prompt is tokenized and checked now. Raises DataError naming the row, ConfigError for the source."""
+def build_prompt_stream(
+    c: PromptConfig, tokenizer: Tokenizer, *, curriculum: CurriculumConfig | None = None, batch_size: int = 1
+) -> PromptStream:
+    """Every prompt is tokenized and checked now. Raises DataError naming the row, ConfigError for the source.
+
+    With a curriculum the stream is its batches of `batch_size`, one after the other.
+    """
     rows = _prompt_rows(c)
     with progress(f"prompts of {c.source}", total=len(rows), unit="prompts") as advance:
         prompts = []
         for where, row in rows:
             prompts.append(
                 to_prompt(
-                    row, where=where, tokenizer=tokenizer, max_tokens=c.max_prompt_tokens, system_prompt=c.system_prompt
+                    row,
+                    where=where,
+                    tokenizer=tokenizer,
+                    max_tokens=c.max_prompt_tokens,
+                    system_prompt=c.system_prompt,
+                    verifier=c.verifier,
                 )
             )
             advance(1)
-    return PromptStream(prompts, seed=c.seed)
+    if curriculum is None:
+        return PromptStream(prompts, seed=c.seed)
+    ordered = order_prompts(prompts, batch_size=batch_size, c=curriculum, seed=c.seed)
+    return PromptStream(ordered, seed=c.seed, shuffle=False)
 
 
 def build_sft_stream(c: SftConfig, tokenizer: Tokenizer, *, seed: int) -> SftStream:

@@ -12,7 +12,7 @@ from lnjax.errors import ConfigError, PlanError
 from lnjax.planner import costs
 from lnjax.planner.collectives import summarise, unexpected
 from lnjax.planner.compiled import Compiled, Job, Program, run_job
-from lnjax.planner.counts import flops_per_token, kv_bytes_per_token, largest_kernel, num_params
+from lnjax.planner.counts import flops_per_token, largest_kernel, num_params
 from lnjax.planner.hardware import GIB, Hardware
 from lnjax.planner.layout import (
     ITEMSIZE,

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 
 from lnjax.errors import ConfigError, RolloutError
 from lnjax.rewards.format import answer_of, follows_format
+from lnjax.rewards.judge import JudgeClient, question_of, rule_request
 from lnjax.rewards.protocol import ScoreRequest
-from lnjax.rewards.verifiers import VERIFIERS
+from lnjax.rewards.verifiers import JUDGE, VERIFIERS
 from lnjax.schema import RewardConfig
 from lnjax.types import Score
 
@@ -79,7 +80,8 @@ class RewardPool:
 
     def __init__(self, c: RewardConfig, *, extra: Mapping[str, str]):
         self._c, self._extra = c, json.dumps(dict(extra))
-        self._known = sorted({*VERIFIERS, *extra})
+        self._known = sorted({*VERIFIERS, *extra, *([JUDGE] if c.judge else [])})
+        self._judge = JudgeClient(c.judge) if c.judge else None
         self._workers: list[Worker] = []
         self._warm: set[str] = set()
         self._failed_starts = 0
@@ -87,21 +89,53 @@ class RewardPool:
     def check(self, verifiers: Sequence[str]) -> None:
         """Raises ConfigError for a name that no verifier has."""
         for name in sorted(set(verifiers) - set(self._known)):
+            if name == JUDGE:
+                raise ConfigError("prompts ask for the verifier `judge`, but the config has no reward.judge; add one")
             raise ConfigError(f"unknown verifier {name!r}; known: {self._known}. Fix args.verifier in the data")
+
+    def start(self) -> None:
+        """Raises RolloutError when the config's judge does not answer."""
+        if self._judge:
+            self._judge.check()
+
+    def report(self) -> dict[str, dict[str, int]]:
+        """Totals for summary.json."""
+        return {"judge": dict(self._judge.counts)} if self._judge else {}
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         """One score a request, in order. A verifier that hangs or raises scores 0 and says so in `failure`."""
         self.check([r.verifier for r in requests])
-        todo = deque(i for i, r in enumerate(requests) if r.finished)
+        judged = {i for i, r in enumerate(requests) if r.finished and r.verifier == JUDGE}
+        rules = {i: rule_request(requests[i]) for i in judged} if self._c.judge and self._c.judge.rule_first else {}
+        work = [rules.get(i) or r for i, r in enumerate(requests)]
+        todo = deque(i for i, r in enumerate(work) if r.finished and r.verifier != JUDGE)
         replies: dict[int, dict] = {}
         if todo:
-            self._run(requests, todo, replies)
+            self._run(work, todo, replies)
+        if judged:
+            self._ask(requests, sorted(judged), replies)
         return [self._verdict(r, replies.get(i)) for i, r in enumerate(requests)]
 
     def close(self) -> None:
+        self._end_workers()
+        if self._judge:
+            self._judge.close()
+
+    def _end_workers(self) -> None:
         for worker in self._workers:
             worker.kill()
         self._workers.clear()
+
+    def _ask(self, requests: Sequence[ScoreRequest], judged: Sequence[int], replies: dict[int, dict]) -> None:
+        """Verdicts of the judge, but where the rule is certain. `judged` becomes the share that needed it."""
+        assert self._judge
+        certain = {i for i in judged if replies.get(i, {}).get("parts", {}).get("accuracy") == 1.0}
+        asked = [i for i in judged if i not in certain]
+        verdicts = self._judge.ask([question_of(requests[i]) for i in asked])
+        for i in certain:
+            replies[i] = {"parts": {"accuracy": 1.0, "judged": 0.0}, "failure": ""}
+        for i, verdict in zip(asked, verdicts, strict=True):
+            replies[i] = {"parts": {"accuracy": float(verdict.right), "judged": 1.0}, "failure": verdict.failure}
 
     def __enter__(self) -> "RewardPool":
         return self
@@ -123,7 +157,7 @@ class RewardPool:
         needed = {requests[i].verifier for i in todo}
         if not needed <= self._warm:  # start anew, with those imported before any deadline runs
             self._warm |= needed
-            self.close()
+            self._end_workers()
         attempts: dict[int, int] = {}
         expected = len(todo)
         while len(replies) < expected:

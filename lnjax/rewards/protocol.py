@@ -20,3 +20,5 @@ class ScoreRequest:
     """The completion, think tags included."""
     finished: bool
     """False when the token budget cut it off: it scores 0 unread."""
+    question: str = ""
+    """The last user message, for judges."""

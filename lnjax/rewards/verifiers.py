@@ -47,5 +47,8 @@ def ifeval(answer: str, args: Mapping[str, Any]) -> Mapping[str, float]:
 
 VERIFIERS: dict[str, Verifier] = {"integer": integer, "math": math, "reasoning_gym": reasoning_gym, "ifeval": ifeval}
 
+JUDGE = "judge"
+"""Asks a language model (lnjax/rewards/judge.py) instead of a worker. args: answer or expected_answer."""
+
 WARM = {"math": "math_verify", "reasoning_gym": "reasoning_gym", "ifeval": "lnjax.rewards.ifeval"}
 """What a worker imports before it says that it is ready, so that no deadline pays for it."""
