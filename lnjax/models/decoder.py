@@ -299,6 +299,7 @@ class Model:
             graph, layers = nnx.split(stack)
 
             def layer(x, params_of_layer, graph=graph):
+                x, params_of_layer = _settle((x, params_of_layer))
                 return nnx.merge(graph, params_of_layer)(x, rope, attend, c), None
 
             length = len(jax.tree.leaves(layers)[0])
@@ -318,6 +319,16 @@ class Model:
         positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
         x = self.hidden(params, tokens_BT, positions, jnp.ones_like(tokens_BT))
         return jnp.einsum("btd,vd->btv", x, self.head_weight(params), preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _settle(tree: Any) -> Any:
+    """Its argument. In the backward pass a layer's gradients are all made before the layer below begins: a run of one
+    layer is no loop, and the compiler would put its weight gradients off, keeping all that they need."""
+    return tree
+
+
+_settle.defvjp(lambda tree: (tree, None), lambda _, g: (jax.lax.optimization_barrier(g),))
 
 
 def _remat(layer: Callable, policy: str, *, length: int) -> Callable:

@@ -152,10 +152,7 @@ def _backward(x_BTD, w_VD, targets_BT, lse_BT, g_BT, *, mesh: Mesh, temperature:
         elif shards > 1:
             dx = jax.lax.psum(dx, VOCAB)
         dw = jax.lax.psum(dw, "data")
-        if width:
-            dw = jax.lax.psum_scatter(dw, width, scatter_dimension=1, tiled=True)
-        else:
-            dw = jax.lax.psum(dw, WIDTH)
+        dw = jax.lax.psum_scatter(dw, width, scatter_dimension=1, tiled=True) if width else jax.lax.psum(dw, WIDTH)
         return dx.astype(x.dtype), dw.astype(w.dtype)
 
     rows = partition("batch", "positions")

@@ -13,6 +13,8 @@ COMPUTATION = re.compile(r"^(ENTRY )?%?(\S+) \(.*\{$")
 CALLED = re.compile(r"(?:body|condition|calls|to_apply|branch_computations)=\{?%?([\w.\-]+)")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 SIZES = {"pred": 1, "s4": 0.5, "u4": 0.5}
+MADE = re.compile(r"\s+(?:ROOT )?%?(\S+) = (.+?) ([\w-]+)\(")
+NO_TRAFFIC = {"parameter", "tuple", "get-tuple-element", "bitcast", "while", "constant", "dynamic-update-slice"}
 SMALL = 2**20
 """Bytes below which nothing is worth a complaint: norms, scalars, tokens."""
 
@@ -40,6 +42,24 @@ class Collective:
 
 def read_collectives(text: str) -> list[Collective]:
     """All collectives, those in loops with the number of trips."""
+    lines, times = _computations(text)
+    return [c for name, body in lines.items() if times[name] for line in body for c in _read(line, times[name])]
+
+
+def traffic(text: str) -> float:
+    """Bytes that go through memory: every array that is made, written once and read twice. Updates in place are left out."""
+    lines, times = _computations(text, inside_fusions=False)
+    total = 0.0
+    for name, body in lines.items():
+        for line in body if times[name] else ():
+            made = MADE.match(line)
+            if made and made[3] not in NO_TRAFFIC and "update-slice" not in made[1]:
+                total += times[name] * sum(_bytes(dtype, dims) for dtype, dims in SHAPE.findall(made[2]))
+    return 3 * total
+
+
+def _computations(text: str, *, inside_fusions: bool = True) -> tuple[dict[str, list[str]], dict[str, int]]:
+    """(lines of each computation, how often it runs)."""
     lines: dict[str, list[str]] = {}
     entry = current = ""
     for line in text.splitlines():
@@ -50,16 +70,11 @@ def read_collectives(text: str) -> list[Collective]:
             lines[current] = []
         elif current and line.startswith("  "):
             lines[current].append(line)
-    times = _times(lines, entry)
-    return [c for name, body in lines.items() if times[name] for line in body for c in _read(line, times[name])]
-
-
-def _times(lines: dict[str, list[str]], entry: str) -> dict[str, int]:
-    """How often each computation runs."""
     calls: dict[str, list[tuple[str, int]]] = {
         name: [
             (callee, int(trips[1]) if (trips := TRIPS.search(line)) else 1)
             for line in body
+            if inside_fusions or " while(" in line
             for callee in CALLED.findall(line)
             if callee in lines
         ]
@@ -73,7 +88,7 @@ def _times(lines: dict[str, list[str]], entry: str) -> dict[str, int]:
             visit(callee, count * trips)
 
     visit(entry, 1)
-    return found
+    return lines, found
 
 
 def _read(line: str, times: int) -> Iterator[Collective]:

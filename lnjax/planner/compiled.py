@@ -28,7 +28,7 @@ from lnjax.build import build_model
 from lnjax.errors import LnjaxError, PlanError
 from lnjax.learn.update import Updater
 from lnjax.mesh import make_mesh, sharding
-from lnjax.planner.collectives import Collective, read_collectives
+from lnjax.planner.collectives import Collective, read_collectives, traffic
 from lnjax.planner.hardware import Hardware
 from lnjax.schema import ModelSpec, RunConfig
 from lnjax.types import PackedBatch, RlBatch
@@ -73,6 +73,8 @@ class Program:
     peak_bytes: int
     seconds: float
     collectives: list[Collective]
+    traffic: float
+    """Bytes of all arrays written and read, in closed form."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +166,7 @@ def compile_job(job: Job, devices: list[Any]) -> Compiled:
     for name, lowered in updater.lower(state, grads, batch, accumulate=job.accumulate).items():
         start = time.monotonic()
         program = lowered.compile(compiler_options=options)
+        text = program.as_text()
         memory = program.memory_analysis()
         programs.append(
             Program(
@@ -176,10 +179,11 @@ def compile_job(job: Job, devices: list[Any]) -> Compiled:
                 - memory.alias_size_in_bytes
                 + memory.temp_size_in_bytes,
                 seconds=time.monotonic() - start,
-                collectives=read_collectives(program.as_text()),
+                collectives=read_collectives(text),
+                traffic=traffic(text),
             )
         )
-        del program
+        del program, text
     reference = job.stage == "grpo" and c.grpo is not None and c.grpo.loss.kl_coef > 0
     return Compiled(
         exact=bool(options),

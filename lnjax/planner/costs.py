@@ -101,14 +101,14 @@ def serving(c: RunConfig, spec: ModelSpec, layout: Layout, hw: Hardware) -> dict
 
 
 def sample_phase(c: RunConfig, spec: ModelSpec, layout: Layout, work: Work, hw: Hardware) -> Phase:
-    """Prefill once a prompt, then one pass over weights and cache a token; sequences wait for a place in waves."""
+    """Prefill once a prompt, then one pass over weights and cache a token; whatever finds no place waits."""
     s = serving(c, spec, layout, hw)
     if s["concurrency"] < 1:
         return Phase("sample", float("inf"), "hbm", "no sequence fits the KV cache")
     fp8 = isinstance(c.engine, VllmConfig) and c.engine.quantization == "fp8"
     rate = s["ranks"] * (hw.fp8_flops if fp8 else hw.bf16_flops)
     per_server = -(-work.sequences // int(s["servers"]))
-    waves = -(-per_server // int(s["concurrency"]))
+    waves = max(1.0, per_server / s["concurrency"])
     at_once = min(per_server, s["concurrency"])
     flops = 2 * (block_params(spec) + spec.vocab_size * spec.d_model)
     cache = (work.prompt_tokens + work.new_tokens / 2) * s["kv_bytes_per_token"]
@@ -119,7 +119,8 @@ def sample_phase(c: RunConfig, spec: ModelSpec, layout: Layout, work: Work, hw: 
     }
     decode = _phase("sample", terms, times=waves * work.new_tokens)
     prefill = work.prompts / s["servers"] * work.prompt_tokens * flops / rate
-    note = f"{per_server} sequences a server, {int(at_once)} at once, {decode.seconds / waves / work.new_tokens * 1e3:.1f} ms a token"
+    each = decode.seconds / waves / work.new_tokens * 1e3
+    note = f"{per_server} sequences a server, {int(at_once)} at once, {each:.1f} ms a token"
     return Phase("sample", decode.seconds + prefill, decode.bound, note)
 
 
@@ -130,7 +131,7 @@ def sync_bytes(c: RunConfig, spec: ModelSpec) -> float:
 
 def phases(c: RunConfig, spec: ModelSpec, layout: Layout, work: Work, hw: Hardware) -> list[Phase]:
     """In the order of the loop. The save is spread over the steps between two checkpoints."""
-    m, params = layout.mesh, num_params(spec)
+    params = num_params(spec)
     microbatches = -(-work.rows // layout.microbatch_rows)
     learner_nodes = -(-layout.learner_gpus // hw.gpus_per_node)
     found = []

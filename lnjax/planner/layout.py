@@ -22,58 +22,49 @@ class Work:
     """What one step of a stage asks for."""
 
     stage: str
-    sequences: int
-    """Rollouts of a step; 0 for SFT."""
-    prompts: int
-    prompt_tokens: int
-    new_tokens: int
     row_tokens: int
     rows: int
     """Packed rows of one update."""
     updates: int
     segment_tokens: int
     """Length of a sequence inside a row."""
-    reference: bool
-    asynchronous: bool
     steps: int
+    sequences: int = 0
+    """Rollouts of a step; 0 for SFT, as the next three."""
+    prompts: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    reference: bool = False
+    asynchronous: bool = False
 
 
 def work_of(c: RunConfig, *, mean_tokens: int = 0) -> Work:
     """Of the run's last stage. `mean_tokens`: average completion; 0 takes the longest allowed, which is the worst case."""
-    if c.grpo:
-        g = c.grpo
-        prompt = g.prompts.max_prompt_tokens
-        new = min(mean_tokens or g.sampling.max_new_tokens, g.sampling.max_new_tokens)
-        per_row = min(g.pack.row_tokens // (prompt + new), g.pack.max_segments)
-        sequences = g.prompts_per_step * g.samples_per_prompt
+    if c.grpo is None:
+        assert c.sft
+        tokens = c.sft.pack.row_tokens
+        segment = min(mean_tokens or tokens, tokens)
         return Work(
-            stage="grpo",
-            sequences=sequences,
-            prompts=g.prompts_per_step,
-            prompt_tokens=prompt,
-            new_tokens=new,
-            row_tokens=g.pack.row_tokens,
-            rows=-(-sequences // g.updates_per_step // per_row),
-            updates=g.updates_per_step,
-            segment_tokens=prompt + new,
-            reference=g.loss.kl_coef > 0,
-            asynchronous=g.max_staleness > 0,
-            steps=g.steps,
+            stage="sft", row_tokens=tokens, rows=c.sft.batch_rows, updates=1, segment_tokens=segment, steps=c.sft.steps
         )
-    assert c.sft
+    g = c.grpo
+    prompt, longest = g.prompts.max_prompt_tokens, g.sampling.max_new_tokens
+    new = min(mean_tokens or longest, longest)
+    per_row = min(g.pack.row_tokens // (prompt + new), g.pack.max_segments)
+    sequences = g.prompts_per_step * g.samples_per_prompt
     return Work(
-        stage="sft",
-        sequences=0,
-        prompts=0,
-        prompt_tokens=0,
-        new_tokens=0,
-        row_tokens=c.sft.pack.row_tokens,
-        rows=c.sft.batch_rows,
-        updates=1,
-        segment_tokens=min(mean_tokens or c.sft.pack.row_tokens, c.sft.pack.row_tokens),
-        reference=False,
-        asynchronous=False,
-        steps=c.sft.steps,
+        stage="grpo",
+        row_tokens=g.pack.row_tokens,
+        rows=-(-sequences // g.updates_per_step // per_row),
+        updates=g.updates_per_step,
+        segment_tokens=prompt + new,
+        steps=g.steps,
+        sequences=sequences,
+        prompts=g.prompts_per_step,
+        prompt_tokens=prompt,
+        new_tokens=new,
+        reference=g.loss.kl_coef > 0,
+        asynchronous=g.max_staleness > 0,
     )
 
 
@@ -202,11 +193,7 @@ def activation_bytes(c: RunConfig, spec: ModelSpec, layout: Layout, work: Work) 
 
 def device_bytes(c: RunConfig, spec: ModelSpec, layout: Layout, work: Work) -> float:
     """Everything on the fullest GPU of the learner."""
-    return (
-        state_bytes(c, spec, layout, work)
-        + engine_bytes(c, spec, layout, work)
-        + activation_bytes(c, spec, layout, work)
-    )
+    return sum(part(c, spec, layout, work) for part in (state_bytes, engine_bytes, activation_bytes))
 
 
 def candidates(c: RunConfig, spec: ModelSpec, work: Work, *, gpus: int, hw: Hardware) -> Iterator[Layout]:

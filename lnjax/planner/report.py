@@ -51,9 +51,11 @@ def score(c: RunConfig, spec: ModelSpec, layout: Layout, work: Work, hw: Hardwar
 
 
 def search(c: RunConfig, spec: ModelSpec, work: Work, hw: Hardware, *, gpus: int) -> list[Scored]:
-    """Fastest that fit first; one, the fastest, of each (learner GPUs, mesh)."""
+    """Layouts that fit, fastest first; of each mesh the fastest."""
     best: dict[Any, Scored] = {}
     for layout in candidates(c, spec, work, gpus=gpus, hw=hw):
+        if device_bytes(c, spec, layout, work) > hw.plan_bytes:
+            continue
         found = score(c, spec, layout, work, hw)
         before = best.get(layout.mesh)
         if before is None or _order(found) < _order(before):
@@ -62,7 +64,7 @@ def search(c: RunConfig, spec: ModelSpec, work: Work, hw: Hardware, *, gpus: int
 
 
 def _order(s: Scored) -> tuple[Any, ...]:
-    return not s.fits, s.seconds, s.layout.gpus, s.bytes
+    return s.seconds, s.layout.gpus, s.bytes
 
 
 def make_plan(
@@ -75,37 +77,30 @@ def make_plan(
     work = work_of(c, mean_tokens=mean_tokens)
     written = layout_as_written(c, stage=work.stage)
     gpus = nodes * hw.gpus_per_node if nodes else written.gpus if written else hw.gpus_per_node
+    taken = None if nodes else written
+    if taken and (problem := impossible(spec, taken, work)):
+        raise ConfigError(f"mesh: {problem}; choose another --mesh.*, or give --nodes and let the planner choose")
     note(f"searching layouts of {gpus} GPUs")
     ranked = search(c, spec, work, hw, gpus=gpus)
-    if written and not nodes:
-        problem = impossible(spec, written, work)
-        if problem:
-            raise ConfigError(
-                f"mesh: {problem}; choose another --mesh.*, or let --nodes {gpus // hw.gpus_per_node} choose"
-            )
-        chosen = score(c, spec, written, work, hw)
-    elif ranked and ranked[0].fits:
-        chosen = ranked[0]
-    else:
+    if not taken and not ranked:
         raise no_layout(gpus, spec, hw)
-    done = run_job(
-        Job(
-            config=apply_layout(c, chosen.layout, stage=work.stage),
-            stage=work.stage,
-            spec=spec,
-            hw=hw,
-            accumulate=work.rows > chosen.layout.microbatch_rows,
-        ),
-        note=note,
-    )
+    chosen = score(c, spec, taken, work, hw) if taken else ranked[0]
+    laid_out = apply_layout(c, chosen.layout, stage=work.stage)
+    several = work.rows > chosen.layout.microbatch_rows
+    done = run_job(Job(config=laid_out, stage=work.stage, spec=spec, hw=hw, accumulate=several), note=note)
     check_moves(c, spec, chosen.layout, work, done)
     plan = _figures(c, spec, chosen, work, hw, done)
-    plan["explanation"] = explain(spec, gpus, chosen.layout, as_written=bool(written and not nodes))
+    plan["explanation"] = explain(spec, gpus, chosen.layout, as_written=bool(taken))
     plan["alternatives"] = [
-        {"layout": s.layout.text(), "rows": s.layout.microbatch_rows, "remat": s.layout.remat, "fits": s.fits,
-         "bytes": s.bytes, "step_seconds": s.seconds}
+        {
+            "layout": s.layout.text(),
+            "rows": s.layout.microbatch_rows,
+            "remat": s.layout.remat,
+            "bytes": s.bytes,
+            "step_seconds": s.seconds,
+        }
         for s in ranked[:SHOWN]
-    ]  # fmt: skip
+    ]
     return plan
 
 
@@ -221,54 +216,48 @@ def show(c: RunConfig, plan: dict[str, Any], console: Console) -> None:
     """Tables; every figure says how it was got."""
     how, device = plan["how"], plan["per_device"]
 
-    def tag(key: str) -> str:
-        return f"\\[{how.get(key) or how[key.split('.')[0]]}]"
+    def table(title: str, columns: str, rows: list[tuple[str, ...]]) -> None:
+        """The last cell of a row is the key of its figure."""
+        shown = Table(*columns.split(","), "", title=title)
+        for *cells, key in rows:
+            shown.add_row(*cells, f"\\[{how.get(key) or how[key.split('.')[0]]}]")
+        console.print(shown)
 
-    console.print(
-        f"[bold]{plan['config']}[/bold] ({plan['stage']}) on {plan['devices']} {plan['hardware']}: {plan['explanation']}"
-    )
-    table = Table("figure", "value", "", title="model and memory of a learner GPU")
-    table.add_row("parameters", f"{plan['parameters']:,}", tag("parameters"))
-    table.add_row("FLOPs a token, forward and backward", f"{plan['flops_per_token']:.3g}", tag("flops_per_token"))
-    for name in ("parameters", "optimizer", "gradients", "reference"):
-        table.add_row(name, f"{device[f'{name}_bytes'] / GIB:.2f} GiB", tag(f"per_device.{name}_bytes"))
-    table.add_row("temporaries", f"{device['temporaries_bytes'] / GIB:.2f} GiB", tag("per_device.temporaries_bytes"))
+    where = f"({plan['stage']}) on {plan['devices']} {plan['hardware']}"
+    console.print(f"[bold]{plan['config']}[/bold] {where}: {plan['explanation']}")
+    rows = [("parameters", f"{plan['parameters']:,}", "parameters")]
+    rows += [("FLOPs a token, forward and backward", f"{plan['flops_per_token']:.3g}", "flops_per_token")]
+    for name in ("parameters", "optimizer", "gradients", "reference", "temporaries"):
+        rows.append((name, f"{device[f'{name}_bytes'] / GIB:.2f} GiB", f"per_device.{name}_bytes"))
     fits = "fits" if plan["fits"] else "[bold red]does not fit[/bold red]"
     peak = f"{device['peak_bytes'] / GIB:.2f} of {device['limit_bytes'] / GIB:.0f} GiB: {fits}"
-    table.add_row("peak", peak, tag("per_device.peak_bytes"))
-    if plan["stage"] == "grpo":
-        s = plan["serving"]
-        table.add_row("KV cache a token", f"{s['kv_bytes_per_token']:,} bytes", tag("serving.kv_bytes_per_token"))
+    rows.append(("peak", peak, "per_device.peak_bytes"))
+    if s := plan.get("serving"):
+        rows.append(("KV cache a token", f"{s['kv_bytes_per_token']:,} bytes", "serving.kv_bytes_per_token"))
         room = f"{s['cached_tokens']:,.0f} tokens, {s['concurrency']:.0f} sequences at full length"
-        table.add_row(f"a server of {s['ranks']:.0f} GPUs caches", room, tag("serving"))
-    console.print(table)
-    table = Table("phase", "seconds", "bound", "", "", title="one step")
-    for p in plan["phases"]:
-        table.add_row(p["name"], f"{p['seconds']:.2f}", p["bound"], p["note"], tag("phases"))
-    table.add_row(
-        "step", f"{plan['step_seconds']:.1f}", "", f"MFU of the update {plan['mfu']:.1%}", tag("step_seconds")
-    )
-    table.add_row("run", "", "", f"{plan['steps']} steps, {plan['gpu_hours']:,.0f} GPU-hours", tag("gpu_hours"))
-    console.print(table)
-    table = Table(
-        "program", "collective", "over", "times", "GB a device", "", title="what a learner GPU moves, per microbatch"
-    )
-    for program in plan["programs"]:
-        for row in program["collectives"]:
-            if row["bytes"] > 1e6:
-                over = f"{row['group']} {row['axes']}".strip()
-                table.add_row(
-                    program["name"], row["kind"], over, str(row["count"]), f"{row['bytes'] / 1e9:.2f}", tag("programs")
-                )
-    console.print(table)
-    table = Table("layout", "rows", "remat", "GiB", "step s", "", title="fastest layouts of as many GPUs")
-    for a in plan["alternatives"]:
-        memory = f"{a['bytes'] / GIB:.0f}{'' if a['fits'] else ' (no)'}"
-        table.add_row(a["layout"], str(a["rows"]), a["remat"], memory, f"{a['step_seconds']:.1f}", tag("alternatives"))
-    console.print(table)
+        rows.append((f"a server of {s['ranks']:.0f} GPUs caches", room, "serving"))
+    table("model and memory of a learner GPU", "figure,value", rows)
+    rows = [(p["name"], f"{p['seconds']:.2f}", p["bound"], p["note"], "phases") for p in plan["phases"]]
+    rows.append(("step", f"{plan['step_seconds']:.1f}", "", f"MFU of the update {plan['mfu']:.1%}", "step_seconds"))
+    rows.append(("run", "", "", f"{plan['steps']} steps, {plan['gpu_hours']:,.0f} GPU-hours", "gpu_hours"))
+    table("one step", "phase,seconds,bound,note", rows)
+    rows = [
+        (p["name"], r["kind"], f"{r['group']} {r['axes']}", str(r["count"]), f"{r['bytes'] / 1e9:.2f}", "programs")
+        for p in plan["programs"]
+        for r in p["collectives"]
+        if r["bytes"] > 1e6
+    ]
+    table("what a learner GPU moves, per microbatch", "program,collective,over,times,GB", rows)
+    rows = [
+        (a["layout"], str(a["rows"]), a["remat"], f"{a['bytes'] / GIB:.0f}", f"{a['step_seconds']:.1f}", "alternatives")
+        for a in plan["alternatives"]
+    ]
+    table("fastest layouts of as many GPUs that fit", "layout,rows,remat,GiB,step s", rows)
     if how["per_device.temporaries_bytes"] == "modelled":
-        console.print("jax's CUDA plugin is not installed: compiled for virtual CPU devices, temporaries are only modelled. "
-                      "`uv sync --extra cuda13` compiles for the GPU itself.")  # fmt: skip
+        console.print(
+            "jax's CUDA plugin is not installed: compiled for virtual CPU devices, so temporaries are only modelled; "
+            "with the extra cuda13 they are the GPU's own"
+        )
     console.print(overrides(c, plan), highlight=False)
 
 
