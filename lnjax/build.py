@@ -15,7 +15,7 @@ from lnjax.checkpoint.load import load_weights, read_spec
 from lnjax.checkpoint.publish import Publisher
 from lnjax.data.tokenizer import Tokenizer, load_tokenizer
 from lnjax.errors import ConfigError
-from lnjax.mesh import make_mesh
+from lnjax.mesh import check_divisible, make_mesh
 from lnjax.metrics import MetricsLog
 from lnjax.models.decoder import Compute, Model
 from lnjax.models.hf import hf_config
@@ -115,10 +115,18 @@ def build(c: RunConfig, run_dir: Path) -> Built:
             f"tokenizer {tokenizer_source(c.model)} has {tokenizer.vocab_size} ids, the model's vocabulary "
             f"{spec.vocab_size}; use the model's own tokenizer (--model.tokenizer same)"
         )
-    compute = Compute(select_ops(c.ops, mesh=mesh), jnp.dtype(c.model.compute_dtype), c.model.remat)
-    model = Model(spec, compute)
-    model.abstract_params(dtype=jnp.dtype(c.model.param_dtype))  # names a dimension that the mesh does not divide
-    return Built(c, run_dir, mesh, model, tokenizer, jax.random.key(c.seed))
+    return Built(c, run_dir, mesh, build_model(c, spec=spec, mesh=mesh), tokenizer, jax.random.key(c.seed))
+
+
+def build_model(c: RunConfig, *, spec: ModelSpec, mesh: Mesh) -> Model:
+    """The architecture with its kernels on a mesh. Raises ConfigError naming a dimension that the mesh does not divide."""
+    model = Model(spec, Compute(select_ops(c.ops, mesh=mesh), jnp.dtype(c.model.compute_dtype), c.model.remat))
+    model.abstract_params(dtype=jnp.dtype(c.model.param_dtype))
+    for name in ("sft", "grpo"):
+        if stage := getattr(c, name):
+            rows = (stage.pack.microbatch_rows, stage.pack.row_tokens)
+            check_divisible(mesh, name=f"{name}.pack", shape=rows, logical=("batch", "positions"))
+    return model
 
 
 def initial_params(b: Built) -> Any:

@@ -35,6 +35,10 @@ class KernelUnavailable(LnjaxError, RuntimeError):
     """A kernel asked for by name cannot run here; names the failed condition and the override that helps."""
 
 
+class PlanError(LnjaxError, RuntimeError):
+    """A plan does not hold: its program does not compile, or moves data that no layout should need."""
+
+
 class DeadlineExceeded(LnjaxError, TimeoutError):
     """A wait passed its deadline; says who waited for whom, for what, how long."""
 

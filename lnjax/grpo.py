@@ -19,6 +19,7 @@ from lnjax.learn.advantage import group_advantages, loss_weight
 from lnjax.learn.loss import LossSum, grpo_loss
 from lnjax.learn.update import Updater
 from lnjax.mesh import put_rows
+from lnjax.models.decoder import Model
 from lnjax.parity import Parity
 from lnjax.schema import GrpoConfig
 from lnjax.source import RolloutSource
@@ -33,9 +34,7 @@ def build_stream(b: Built, c: GrpoConfig) -> PromptStream:
     return build_prompt_stream(c.prompts, b.tokenizer, curriculum=c.curriculum, batch_size=c.prompts_per_step)
 
 
-def build_updater(b: Built, c: GrpoConfig) -> Updater:
-    model = b.model
-
+def build_updater(model: Model, c: GrpoConfig, *, dtype: Any) -> Updater:
     def loss(params: Any, batch: RlBatch) -> LossSum:
         packed = batch.packed
         out = model.logprobs(
@@ -47,13 +46,13 @@ def build_updater(b: Built, c: GrpoConfig) -> Updater:
         )
         return grpo_loss(out.logprobs_BT, out.entropy_BT, batch, c=c.loss)
 
-    abstract = model.abstract_params(dtype=b.param_dtype)
+    abstract = model.abstract_params(dtype=dtype)
     return Updater(loss, abstract_params=abstract, c=c.optimizer, total_steps=c.steps * c.updates_per_step)
 
 
 def run(b: Built, r: Resources, c: GrpoConfig, *, stage: Stage, start: Position) -> Any:
     """Train until `c.steps`; returns the parameters. Continues where `start` says."""
-    updater, prompts = build_updater(b, c), r.streams["grpo"]
+    updater, prompts = build_updater(b.model, c, dtype=b.param_dtype), r.streams["grpo"]
     score = jax.jit(_logprobs_program(b), static_argnames="temperature")
     logprobs, parity = partial(score, temperature=c.sampling.temperature), Parity(b, r, c, logprobs=score)
     reference = None

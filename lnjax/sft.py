@@ -12,6 +12,7 @@ from lnjax.health import check_update
 from lnjax.learn.loss import LossSum, sft_loss
 from lnjax.learn.update import Updater
 from lnjax.mesh import put_rows
+from lnjax.models.decoder import Model
 from lnjax.schema import SftConfig
 from lnjax.stage import Position, Stage
 from lnjax.types import PackedBatch
@@ -21,20 +22,18 @@ def build_stream(b: Built, c: SftConfig) -> SftStream:
     return build_sft_stream(c, b.tokenizer, seed=b.config.seed)
 
 
-def build_updater(b: Built, c: SftConfig) -> Updater:
-    model = b.model
-
+def build_updater(model: Model, c: SftConfig, *, dtype: Any) -> Updater:
     def loss(params: Any, batch: PackedBatch) -> LossSum:
         out = model.logprobs(params, batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
         return sft_loss(out.logprobs_BT, out.entropy_BT, batch)
 
-    abstract = model.abstract_params(dtype=b.param_dtype)
+    abstract = model.abstract_params(dtype=dtype)
     return Updater(loss, abstract_params=abstract, c=c.optimizer, total_steps=c.steps)
 
 
 def run(b: Built, r: Resources, c: SftConfig, *, stage: Stage, start: Position) -> Any:
     """Train until `c.steps`; returns the parameters. Continues where `start` says."""
-    updater, stream = build_updater(b, c), r.streams["sft"]
+    updater, stream = build_updater(b.model, c, dtype=b.param_dtype), r.streams["sft"]
     if start.saved is None:
         state = updater.init(start.params(), step=start.updates, rng=jax.random.fold_in(b.key, KEY_STATE))
     else:

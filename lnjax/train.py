@@ -46,7 +46,7 @@ def check(c: RunConfig, run_dir: Path) -> str:
     ]
     _streams(b)
     for name, stage in stages_of(c):
-        state = LOOPS[name].build_updater(b, stage).abstract_state()
+        state = LOOPS[name].build_updater(b.model, stage, dtype=b.param_dtype).abstract_state()
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.params, state.opt_state)))
         lines.append(f"{name:10} {stage.steps} steps; parameters and optimizer {size / 1e6:,.1f} MB over all devices")
     return "\n".join(lines)

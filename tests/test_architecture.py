@@ -24,10 +24,10 @@ FLOORS = [
     {"evaluate", "sft", "grpo"},
     {"report"},
     {"train", "flags"},
-    {"slurm"},
-    {"launch", "convert", "serve"},
+    {"slurm", "planner"},
+    {"launch", "plan", "convert", "serve"},
 ]
-ROOMS = {"models", "learn", "ops", "data", "rollout", "rewards", "checkpoint"}
+ROOMS = {"models", "learn", "ops", "data", "rollout", "rewards", "checkpoint", "planner"}
 NO_JAX = {
     "errors.py",
     "architecture.py",
@@ -36,6 +36,7 @@ NO_JAX = {
     "sources.py",
     "proxy.py",
     "launch.py",
+    "plan.py",
     "distributed.py",
     "alive.py",
     "flags.py",
@@ -51,7 +52,7 @@ GUESTS = {
     "grain": "data",
     "jinja2": "data",
     "tensorboardX": "metrics.py",
-    "rich": ("metrics.py", "launch.py"),
+    "rich": ("metrics.py", "launch.py", "plan.py", "planner"),
     "tyro": ("config.py", "schema.py"),
     "matplotlib": "report.py",
     "math_verify": "rewards",

@@ -71,6 +71,23 @@ class Updater:
             rng=place(shapes.rng, replicated),
         )
 
+    def abstract_gradient(self, batch: Any) -> tuple[Any, LossSum]:
+        """What `gradient` returns, as ShapeDtypeStructs with shardings. `batch`: one microbatch of ShapeDtypeStructs."""
+        grads, sums = jax.eval_shape(self._first, self._params, batch)
+        mesh = jax.tree.leaves(self._params)[0].sharding.mesh
+        whole = NamedSharding(mesh, PartitionSpec())
+        grads = jax.tree.map(
+            lambda g, p: jax.ShapeDtypeStruct(g.shape, g.dtype, sharding=p.sharding), grads, self._params
+        )
+        return grads, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), sums)
+
+    def lower(self, state: TrainState, so_far: tuple[Any, LossSum], batch: Any, *, accumulate: bool) -> dict[str, Any]:
+        """The programs of `update`, lowered for abstract arguments: where they will run need not be here."""
+        gradient = (
+            self._next.lower(state.params, so_far, batch) if accumulate else self._first.lower(state.params, batch)
+        )
+        return {"gradient": gradient, "apply": self._apply.lower(state, *so_far)}
+
     def gradient(self, params: Any, microbatches: Sequence[Any]) -> tuple[Any, LossSum]:
         """(gradient of the loss *sum*, summed LossSum)."""
         grads, sums = self._first(params, microbatches[0])

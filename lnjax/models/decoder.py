@@ -19,6 +19,7 @@ from jax import Array
 
 from lnjax.mesh import check_divisible, constrain, positions_axis, sharding
 from lnjax.models.spec import Run, runs
+from lnjax.ops.embed import embed_xla
 from lnjax.ops.select import Ops
 from lnjax.schema import ModelSpec, RopeSpec
 
@@ -65,7 +66,15 @@ class Kernels(nnx.Module):
 
     def enter(self, x_BTD: Array, eps: float, c: Compute) -> Array:
         """The normed residual stream, gathered over tensor."""
-        return _place(rms_norm(x_BTD, self.use("norm", c), eps=eps), c, between_blocks=False)
+        x = _place(rms_norm(x_BTD, self.use("norm", c), eps=eps), c, between_blocks=True)
+        return _place(x, c, between_blocks=False)
+
+    def leave(self, y_BTD: Array, c: Compute) -> Array:
+        """A branch's result, summed over tensor and split over positions again.
+
+        Like `enter` it pins the layout on both sides, so that the backward pass gathers activations and never kernels.
+        """
+        return _place(_place(y_BTD, c, between_blocks=False), c, between_blocks=True)
 
 
 class Attention(Kernels):
@@ -94,7 +103,7 @@ class Attention(Kernels):
         shape = (*x.shape[:-1], -1, self.head_dim)
         q, k, v = (c.ops.matmul(x, self.use(name, c)).reshape(shape) for name in ("q", "k", "v"))
         out = attend(rotate(q, rope), rotate(k, rope), v)
-        return c.ops.matmul(out.reshape(*x.shape[:-1], -1), self.use("o", c))
+        return self.leave(c.ops.matmul(out.reshape(*x.shape[:-1], -1), self.use("o", c)), c)
 
 
 class Ffn(Kernels):
@@ -118,7 +127,7 @@ class Ffn(Kernels):
     def __call__(self, x_BTD: Array, c: Compute) -> Array:
         x = self.enter(x_BTD, self.eps, c)
         gated = jax.nn.silu(c.ops.matmul(x, self.use("gate", c))) * c.ops.matmul(x, self.use("up", c))
-        return c.ops.matmul(gated, self.use("down", c))
+        return self.leave(c.ops.matmul(gated, self.use("down", c)), c)
 
 
 class Blocks(nnx.Module):
@@ -132,9 +141,9 @@ class Blocks(nnx.Module):
 
     def __call__(self, x_BTD: Array, rope: tuple[Array, Array], attend: Attend, c: Compute) -> Array:
         if hasattr(self, "attention"):
-            x_BTD = x_BTD + _place(self.attention(x_BTD, rope, attend, c), c, between_blocks=True)
+            x_BTD = x_BTD + self.attention(x_BTD, rope, attend, c)
         if hasattr(self, "ffn"):
-            x_BTD = x_BTD + _place(self.ffn(x_BTD, c), c, between_blocks=True)
+            x_BTD = x_BTD + self.ffn(x_BTD, c)
         return x_BTD
 
 
@@ -268,7 +277,7 @@ class Model:
     def embed(self, params: Params, tokens_BT: Array) -> Array:
         c = self.compute
         table = gather(params["embed"], ("vocab", "embed"), c)
-        return _place(table[tokens_BT], c, between_blocks=True)
+        return embed_xla(table, tokens_BT, mesh=c.ops.mesh)
 
     def final_norm(self, params: Params, x_BTD: Array) -> Array:
         return rms_norm(x_BTD, params["final_norm"].astype(self.compute.dtype), eps=self.spec.rms_eps)
@@ -290,6 +299,7 @@ class Model:
             graph, layers = nnx.split(stack)
 
             def layer(x, params_of_layer, graph=graph):
+                x, params_of_layer = _settle((x, params_of_layer))
                 return nnx.merge(graph, params_of_layer)(x, rope, attend, c), None
 
             length = len(jax.tree.leaves(layers)[0])
@@ -309,6 +319,16 @@ class Model:
         positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
         x = self.hidden(params, tokens_BT, positions, jnp.ones_like(tokens_BT))
         return jnp.einsum("btd,vd->btv", x, self.head_weight(params), preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _settle(tree: Any) -> Any:
+    """Its argument. In the backward pass a layer's gradients are all made before the layer below begins: a run of one
+    layer is no loop, and the compiler would put its weight gradients off, keeping all that they need."""
+    return tree
+
+
+_settle.defvjp(lambda tree: (tree, None), lambda _, g: (jax.lax.optimization_barrier(g),))
 
 
 def _remat(layer: Callable, policy: str, *, length: int) -> Callable:
