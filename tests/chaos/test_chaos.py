@@ -79,8 +79,10 @@ class Chaos:
         pids = self._signal_one(signal.SIGSTOP)
         threading.Timer(PROBE_S * 3, lambda: [_kill(p, signal.SIGCONT) for p in pids]).start()
 
+    def wait_for_server(self):
+        fleet.wait_until(lambda: self.serving() or self.learner.poll() is not None, seconds=400, what="a server")
+
     def _signal_one(self, signum):
-        fleet.wait_until(lambda: self.serving() or self.learner.poll() is not None, seconds=NOTICED_S, what="a server")
         pids = self.random.choice(self.serving() or [[]])
         for pid in pids:
             _kill(pid, signum)
@@ -124,7 +126,9 @@ class Chaos:
                 with contextlib.suppress(OSError):  # full, as wanted
                     while True:
                         os.write(file.fileno(), b"\0" * size)
-        time.sleep(6.0)
+        before, start = len(self._of("disk")), time.monotonic()
+        while len(self._of("disk")) == before and time.monotonic() - start < NOTICED_S:
+            time.sleep(0.1)  # until a version was to be written
         ballast.unlink()
 
     def drop_connections(self):
@@ -260,6 +264,7 @@ def break_things(chaos, bag, order, done, unnamed, *, began, disk):
         kind = bag.pop()
         if kind == "fill_disk" and not disk:
             continue
+        chaos.wait_for_server()  # with none the run stands still, and there is nothing to break
         start, before = time.monotonic(), len(chaos.lines())
         getattr(chaos, kind)()
         named = False
