@@ -28,7 +28,9 @@ pytestmark = pytest.mark.slow
 MINUTES = float(os.environ.get("LNJAX_CHAOS_MINUTES", "3"))
 EVERY_S = 20.0
 SEGMENT_STEPS = 150
-PROBE_S = 8.0
+PROBE_S, SWAP_S, STOPPED_S = 8.0, 16.0, 40.0
+"""Deadlines of a probe and a swap; a server stands still for longer than either."""
+KEY = "of this test"
 NOTICED_S = 90.0
 PIDFD_OPEN, PIDFD_GETFD = 434, 438
 
@@ -59,11 +61,11 @@ class Chaos:
         return list(found.values())
 
     def serving(self):
-        """Those that answer: what starts can be killed, but nobody notices that it was stopped."""
+        """Those that have weights of the run: nobody notices that one which starts was stopped."""
         found = []
         for pids in self.servers():
             ports = {port for pid in pids for port in _ports(pid)}
-            if any(_healthy(port) for port in ports):
+            if any(_has_weights(port) for port in ports):
                 found.append(pids)
         return found
 
@@ -71,13 +73,13 @@ class Chaos:
         self._signal_one(signal.SIGKILL)
 
     def kill_engine(self):
-        pids = self.random.choice(self.servers() or [[]])
+        pids = self.random.choice(self.serving() or [[]])
         for pid in ([p for p in pids if b"EngineCore" in _command_line(p)] or pids)[:1]:
             _kill(pid, signal.SIGKILL)
 
     def stop(self):
         pids = self._signal_one(signal.SIGSTOP)
-        threading.Timer(PROBE_S * 3, lambda: [_kill(p, signal.SIGCONT) for p in pids]).start()
+        threading.Timer(STOPPED_S, lambda: [_kill(p, signal.SIGCONT) for p in pids]).start()
 
     def wait_for_server(self):
         fleet.wait_until(lambda: self.serving() or self.learner.poll() is not None, seconds=400, what="a server")
@@ -182,10 +184,12 @@ def _command_line(pid):
         return b""  # it ended
 
 
-def _healthy(port):
+def _has_weights(port):
+    headers = {"Authorization": f"Bearer {KEY}"}
     try:
-        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=2.0, trust_env=False).status_code == 200
-    except httpx.HTTPError:
+        reply = httpx.get(f"http://127.0.0.1:{port}/weight_info", headers=headers, timeout=2.0, trust_env=False)
+        return ":" in str(reply.json().get("weight_version"))
+    except (httpx.HTTPError, ValueError):
         return False
 
 
@@ -219,12 +223,12 @@ def test_nothing_is_lost_duplicated_or_accepted_unattested(tmp_path, small_disk)
     fleet.build_environment()
     run_dir, steps, began = tmp_path / "run", 0, time.monotonic()
     words = ["--engine.max-restarts", "10000", "--engine.probe-deadline-s", str(PROBE_S)]
-    words += ["--engine.request-deadline-s", "60", "--engine.swap-deadline-s", "60"]
+    words += ["--engine.request-deadline-s", "60", "--engine.swap-deadline-s", str(SWAP_S)]
     done, unnamed, order, bag = [], [], random.Random(int(MINUTES)), []
     while time.monotonic() - began < MINUTES * 60:
         steps += SEGMENT_STEPS
         command = [sys.executable, "-m", "lnjax.launch", "--config", "tiny_grpo_async", "--run-dir", str(run_dir)]
-        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"LNJAX_SERVER_KEY": KEY}
         with open(tmp_path / "log", "a") as log:
             learner = subprocess.Popen(
                 [*command, "--grpo.steps", str(steps), *words],
