@@ -26,7 +26,16 @@ def environment():
 
 
 def start(folder, *words, config="tiny_grpo_vllm", **changes):
-    command = [sys.executable, "-m", "lnjax.launch", "--config", config, "--run-dir", str(folder), *map(str, words)]
+    command = [
+        sys.executable,
+        "-m",
+        "lnjax.launch",
+        "--config",
+        str(config),
+        "--run-dir",
+        str(folder),
+        *map(str, words),
+    ]
     folder.parent.mkdir(exist_ok=True)
     with open(f"{folder}.log", "a") as log:
         return subprocess.Popen(
@@ -76,6 +85,28 @@ def test_twenty_steps_twenty_swaps_each_attested_and_no_process_left(tmp_path):
     assert summary["parity"]["prob_error_max"] <= 1.001
     assert summary["fleet"]["refused_tokens"] == 0
     assert sorted(p.name for p in (folder / "weights").iterdir() if p.name.isdigit()) == ["19", "20"]
+
+
+NEMOTRON = """
+import dataclasses
+
+from configs import tiny_grpo_vllm
+from tests.fleet import served_nemotron
+
+
+def config():
+    tiny = tiny_grpo_vllm.config()
+    return dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, spec=served_nemotron(eos_token_ids=(2, 5))))
+"""
+
+
+def test_a_nemotron_nas_with_absent_blocks_is_trained_published_and_served(tmp_path):
+    (tmp_path / "nemotron.py").write_text(NEMOTRON)
+    folder = tmp_path / "run"
+    assert start(folder, "--grpo.steps", 3, config=tmp_path / "nemotron.py").wait(400) == 0, said(folder)
+    assert [x["version"] for x in lines(folder)] == [0, 1, 2]
+    assert max(x["parity_prob_error"] for x in lines(folder)) <= 1.001
+    assert json.loads((folder / "weights" / "model" / "config.json").read_text())["model_type"] == "nemotron-nas"
 
 
 def test_ctrl_c_ends_the_servers_and_the_same_command_goes_on(tmp_path):
