@@ -121,17 +121,21 @@ class Chaos:
         return [x for x in self.lines() if x["kind"] == kind]
 
     def fill_disk(self):
-        """Only where the weights lie on a small disk of their own."""
+        """Only where the weights lie on a small disk of their own. True where versions came out all the same: once as many
+        as are kept were written, a new one needs no more room than the one it replaces."""
         ballast = self.weights / "ballast"
         with open(ballast, "wb") as file:
             for size in (65536, 1):
                 with contextlib.suppress(OSError):  # full, as wanted
                     while True:
                         os.write(file.fileno(), b"\0" * size)
-        before, start = len(self._of("disk")), time.monotonic()
+        before, first, start = len(self._of("disk")), _lines(self.run_dir), time.monotonic()
         while len(self._of("disk")) == before and time.monotonic() - start < NOTICED_S:
-            time.sleep(0.1)  # until a version was to be written
+            time.sleep(0.1)
+            if _lines(self.run_dir) > first + 2:
+                break
         ballast.unlink()
+        return _lines(self.run_dir) > first + 2
 
     def drop_connections(self):
         """Shut the learner's sockets under it, until one of them was in use."""
@@ -270,8 +274,7 @@ def break_things(chaos, bag, order, done, unnamed, *, began, disk):
             continue
         chaos.wait_for_server()  # with none the run stands still, and there is nothing to break
         start, before = time.monotonic(), len(chaos.lines())
-        getattr(chaos, kind)()
-        named = False
+        named = bool(getattr(chaos, kind)())
         while not named and learner.poll() is None and time.monotonic() - start < NOTICED_S:
             named = any(x["kind"] in NAMED[kind] for x in chaos.lines()[before:])
             time.sleep(0.1)
