@@ -37,7 +37,7 @@ def config() -> RunConfig:
             samples_per_prompt=8,
             steps=24,
             sampling=SamplingConfig(max_new_tokens=80),
-            pack=PackConfig(row_tokens=512, microbatch_rows=2)  # a prompt and its eight completions,
+            pack=PackConfig(row_tokens=512, microbatch_rows=2),  # a prompt and its eight completions
             optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=2),
         ),
         eval=EvalConfig(
