@@ -1,11 +1,13 @@
 """Processes that find each other, flags, the SLURM script, and who is named when a run stands still."""
 
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from lnjax.alive import STUCK, Beat, Watch
+from lnjax.alive import STUCK, Beat, Notice, Watch
 from lnjax.config import parse
 from lnjax.distributed import Place, find_place, first_host, port_of
 from lnjax.errors import ConfigError
@@ -246,6 +248,18 @@ def test_all_end_with_the_status_of_the_one_that_failed_and_a_normal_end_alarms_
 def test_process_0_watches_all_the_others_some():
     assert watch(rank=0, count=40)[0].watched() == list(range(1, 40))
     assert watch(rank=35, count=40)[0].watched() == [0, 1, 2, 3, 36, 37, 38, 39]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_process_alone_stops_at_the_end_of_the_step_in_which_it_was_asked(number):
+    before, notice = signal.getsignal(number), Notice(Place())
+    try:
+        assert not notice.reached()
+        os.kill(os.getpid(), number)
+        assert notice.reached()
+    finally:
+        notice.close()
+    assert signal.getsignal(number) == before
 
 
 BLOCKED = """
