@@ -184,5 +184,8 @@ def test_kill_9_while_saving_leaves_whole_checkpoints_only(tmp_path):
             back = store.restore(number, abstract({"w": jnp.zeros((300, 1000))}))
             assert set(np.unique(np.asarray(back["w"]))) == {float(number)}
             assert store.read_extra(number) == {"i": number}
+        following = (store.latest() or 0) + 1  # the next save clears what was half written
+        store.save({"w": jnp.full((300, 1000), float(following))}, extra={"i": following})
+        store.close()
         assert all(p.name.isdigit() for p in tmp_path.iterdir())
     assert json.loads((tmp_path / str(store.latest()) / "extra.json").read_text())["i"] > 3

