@@ -35,7 +35,7 @@ def config() -> RunConfig:
             prompts=PromptConfig(source="ifeval", num_prompts=2000, max_prompt_tokens=96),
             prompts_per_step=8,
             samples_per_prompt=8,
-            steps=24,
+            steps=40,
             sampling=SamplingConfig(max_new_tokens=80),
             pack=PackConfig(row_tokens=512, microbatch_rows=2),  # a prompt and its eight completions
             optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=2),
@@ -45,5 +45,5 @@ def config() -> RunConfig:
             num_samples=2,
             sampling=SamplingConfig(max_new_tokens=80),
         ),
-        checkpoint=CheckpointConfig(every=8, keep=1),
+        checkpoint=CheckpointConfig(every=10, keep=1),
     )
