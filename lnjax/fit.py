@@ -38,7 +38,8 @@ def check_fits(c: RunConfig) -> None:
     if needed_devices(c) <= devices and state <= memory:
         return
     servers = server_gpus(c)
-    nodes = sum(-(-n // GPUS_PER_NODE) for n in (needed_devices(c), servers))
+    nodes = f"nodes={-(-needed_devices(c) // GPUS_PER_NODE)}"
+    nodes += f" rollout_nodes={-(-servers // GPUS_PER_NODE)}" if servers else ""
     mesh = " x ".join(f"{f.name}={getattr(c.mesh, f.name)}" for f in dataclasses.fields(c.mesh))
     raise ConfigError(
         f"{c.name} cannot run here: it needs {needed_devices(c):,} devices (mesh {mesh})"
@@ -46,7 +47,7 @@ def check_fits(c: RunConfig) -> None:
         + (f", and {state / 1e9:,.1f} GB for parameters, optimizer and gradients" if state else "")
         + f"; here are {devices} ({jax.devices()[0].device_kind}) with {memory / 1e9:,.1f} GB. Ways on: plan it "
         f"(python -m lnjax.plan --config {c.name}), run the same recipe small (python -m lnjax.launch --config {c.name} "
-        f"--proxy), write its cluster job (python -m lnjax.launch --config {c.name} --slurm nodes={nodes}), or choose "
+        f"--proxy), write its cluster job (python -m lnjax.launch --config {c.name} --slurm {nodes}), or choose "
         "another --mesh.*"
     )
 

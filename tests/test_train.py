@@ -219,7 +219,7 @@ def test_a_job_that_cannot_run_here_says_what_it_needs_and_three_ways_on(capfd, 
     line = fails(capfd, "--config", "ultra_grpo", "--run-dir", tmp_path / "r", *dry)
     assert "needs 512 devices" in line and "fsdp=64" in line and "tensor=8" in line
     assert "64 GPUs for its servers" in line and "5,068.0 GB" in line and "here are 8 (cpu)" in line
-    for way in ("lnjax.plan --config ultra_grpo", "--proxy", "--slurm nodes=72"):
+    for way in ("lnjax.plan --config ultra_grpo", "--proxy", "--slurm nodes=64 rollout_nodes=8"):
         assert way in line
     assert not (tmp_path / "r").exists()
 
