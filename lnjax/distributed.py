@@ -122,7 +122,9 @@ def start(place: Place, *, c: ClusterConfig) -> None:
         local_device_ids=place.local_devices,
         cluster_detection_method="deactivate",  # JAX's own reading of SLURM gives a process one GPU, whatever it should have
         initialization_timeout=max(1, int(c.start_deadline_s - (time.monotonic() - began))),
-        heartbeat_timeout_seconds=int(2 * c.heartbeat_s),  # the watchdog comes first: it can name who is stuck
+        heartbeat_timeout_seconds=int(
+            4 * c.heartbeat_s
+        ),  # a beat every half of it: the watchdog comes first, and names who is stuck
         shutdown_timeout_seconds=max(1, int(c.step_deadline_s)),
         coordinator_bind_address=place.coordinator if host in ("127.0.0.1", "localhost") else None,
     )
