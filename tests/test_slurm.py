@@ -92,7 +92,7 @@ class Run:
     """A job under test: where it is, and the processes behind its ranks."""
 
     def __init__(self, cluster, folder, *words):
-        self.cluster, self.folder = cluster, folder
+        self.cluster, self.folder, self.mine = cluster, folder, str(folder).encode()
         self.number = submit(cluster, folder, *words)
 
     def steps(self):
@@ -120,7 +120,7 @@ class Run:
             except OSError:
                 continue
             wanted = {f"SLURM_JOB_ID={self.number}".encode(), f"SLURM_PROCID={rank}".encode(), b"SLURM_STEP_ID=0"}
-            if wanted <= set(words) and b"lnjax.launch" in command and b"srun" not in command:
+            if wanted <= set(words) and b"lnjax.launch" in command and self.mine in command and b"srun" not in command:
                 return int(path.parent.name)
         return None
 
