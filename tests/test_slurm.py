@@ -1,13 +1,9 @@
 """The project's own SLURM script on a real SLURM: two processes, and every way in which one of them can go away."""
 
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,74 +82,6 @@ def test_two_processes_under_slurm_end_with_the_parameters_of_one(cluster, tmp_p
     summary = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert summary["mesh"] == {"data": 1, "fsdp": 4, "context": 1, "tensor": 1}
     assert {f"{number}.0.log", f"{number}.1.log"} <= logs(tmp_path / "two").keys()
-
-
-class Run:
-    """A job under test: where it is, and the processes behind its ranks."""
-
-    def __init__(self, cluster, folder, *words):
-        self.cluster, self.folder, self.mine = cluster, folder, str(folder).encode()
-        self.number = submit(cluster, folder, *words)
-
-    def steps(self):
-        path = self.folder / "metrics.jsonl"
-        return (
-            [json.loads(x)["step"] for x in path.read_text().splitlines() if x.endswith("}")] if path.exists() else []
-        )
-
-    def wait_for_step(self, step):
-        def there():
-            job = self.cluster.job(self.number)
-            if job["JobState"] == "FAILED":  # for a moment, between the end of the script and its requeue
-                time.sleep(3.0)
-                job = self.cluster.job(self.number)
-            if job["JobState"] == "PENDING":
-                self.cluster("scontrol", "update", f"JobId={self.number}", "StartTime=now")
-            assert job["JobState"] in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"), (job, logs(self.folder))
-            return job["JobState"] == "RUNNING" and self.alive() and max(self.steps(), default=0) >= step
-
-        self.cluster.wait(there, seconds=600, what=f"step {step}")
-
-    def pid(self, rank):
-        """Of the process that is this rank in the job's present start."""
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            try:
-                words = path.read_bytes().split(b"\0")
-                command = (path.parent / "cmdline").read_bytes()
-            except OSError:
-                continue
-            wanted = {f"SLURM_JOB_ID={self.number}".encode(), f"SLURM_PROCID={rank}".encode(), b"SLURM_STEP_ID=0"}
-            if wanted <= set(words) and b"lnjax.launch" in command and self.mine in command and b"srun" not in command:
-                return int(path.parent.name)
-        return None
-
-    def alive(self):
-        return self.pid(0) is not None and self.pid(1) is not None
-
-    def ends(self):
-        """Exit status of each start so far that the job's script saw."""
-        path = self.folder / "logs" / f"{self.number}.ends"
-        return [int(x.split()[-1]) for x in path.read_text().splitlines()] if path.exists() else []
-
-
-def test_a_job_survives_requeue_and_kill_and_loses_no_step(cluster, tmp_path):
-    steps = 150
-    words = ["--config", "tiny_sft", "--sft.steps", str(steps), "--checkpoint.every", "25", *WELL_CONDITIONED]
-    words += ["--cluster.heartbeat-s", str(HEARTBEAT_S)]
-    alone(tmp_path / "one", *words)
-    run = Run(cluster, tmp_path / "run", *words)
-
-    run.wait_for_step(30)
-    cluster("scontrol", "requeue", run.number)
-
-    run.wait_for_step(60)
-    os.kill(run.pid(1), signal.SIGKILL)
-    cluster.wait(lambda: not run.alive(), seconds=60, what="end of the survivor")
-
-    assert cluster.wait_for_end(run.number, seconds=600) == "COMPLETED", logs(tmp_path / "run")
-    assert run.steps() == list(range(1, steps + 1))
-    assert int(cluster.job(run.number)["Restarts"]) >= 2  # more where the machine is so busy that a process seems dead
-    assert_same_parameters(tmp_path / "run", tmp_path / "one")
 
 
 def test_an_error_of_the_user_ends_the_job_without_another_try(cluster, tmp_path):
