@@ -38,8 +38,6 @@ def main(argv: list[str]) -> int:
         distributed.stop(place)
     except BaseException as error:  # with several processes any end must be told to the others
         status, why = _explain(error)
-        if status == 1 and place.count == 1:
-            raise
         if status == 1:
             traceback.print_exc()
         elif not isinstance(error, SystemExit):
@@ -51,11 +49,17 @@ def main(argv: list[str]) -> int:
             notice.close()
         if watchdog:
             watchdog.close(status, why)
-    if place.count > 1 and status not in (0, Stopped.exit_code):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)  # JAX would wait for the others, who wait for this process
     return status
+
+
+def _end(status: int) -> None:
+    """Leave the process. A failed one waits for nobody: JAX would wait for the other processes, who wait for this one, and
+    Python for the threads of a save that was interrupted as it began, who wait for each other."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status not in (0, Stopped.exit_code):
+        os._exit(status)
+    sys.exit(status)
 
 
 def _explain(error: BaseException) -> tuple[int, str]:
@@ -89,4 +93,4 @@ def _work(job: Job, console: Console, watchdog: Watchdog | None, notice: Notice 
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    _end(main(sys.argv[1:]))

@@ -102,13 +102,16 @@ def test_requests_that_span_a_swap_finish_and_every_token_is_of_the_weights_it_n
         jax.block_until_ready((old, new))
         ours.engine.load_weights(0, old)
         asked, groups = prompts(2), []
-        thread = threading.Thread(
-            target=lambda: groups.extend(
-                ours.engine.generate(asked, num_samples=4, sampling=sampling(400, stop_token_ids=()), seed=0)
-            )
-        )
+
+        def generate():
+            return ours.engine.generate(asked, num_samples=4, sampling=sampling(400, stop_token_ids=()), seed=0)
+
+        start = time.monotonic()
+        generate()
+        half = (time.monotonic() - start) / 2
+        thread = threading.Thread(target=lambda: groups.extend(generate()))
         thread.start()
-        time.sleep(0.3)
+        time.sleep(half)
         ours.engine.load_weights(1, new)
         thread.join()
         both = [c for g in groups for c in g if len(set(c.versions)) == 2]
