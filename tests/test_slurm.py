@@ -1,9 +1,13 @@
 """The project's own SLURM script on a real SLURM: two processes, and every way in which one of them can go away."""
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,6 +86,88 @@ def test_two_processes_under_slurm_end_with_the_parameters_of_one(cluster, tmp_p
     summary = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert summary["mesh"] == {"data": 1, "fsdp": 4, "context": 1, "tensor": 1}
     assert {f"{number}.0.log", f"{number}.1.log"} <= logs(tmp_path / "two").keys()
+
+
+class Run:
+    """A job under test: where it is, and the processes behind its ranks."""
+
+    def __init__(self, cluster, folder, *words):
+        self.cluster, self.folder, self.mine = cluster, folder, str(folder).encode()
+        self.number = submit(cluster, folder, *words)
+
+    def steps(self):
+        path = self.folder / "metrics.jsonl"
+        return (
+            [json.loads(x)["step"] for x in path.read_text().splitlines() if x.endswith("}")] if path.exists() else []
+        )
+
+    def wait_for_step(self, step):
+        def there():
+            job = self.cluster.job(self.number)
+            if job["JobState"] == "PENDING":
+                self.cluster.let_go(job)
+            assert job["JobState"] in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"), (job, logs(self.folder))
+            return job["JobState"] == "RUNNING" and self.alive() and max(self.steps(), default=0) >= step
+
+        self.cluster.wait(there, seconds=600, what=f"step {step}")
+
+    def pid(self, rank):
+        """Of the process that is this rank in the job's present start."""
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                words = path.read_bytes().split(b"\0")
+                command = (path.parent / "cmdline").read_bytes()
+            except OSError:
+                continue
+            wanted = {f"SLURM_JOB_ID={self.number}".encode(), f"SLURM_PROCID={rank}".encode(), b"SLURM_STEP_ID=0"}
+            if wanted <= set(words) and b"lnjax.launch" in command and self.mine in command and b"srun" not in command:
+                return int(path.parent.name)
+        return None
+
+    def alive(self):
+        return self.pid(0) is not None and self.pid(1) is not None
+
+    def ends(self):
+        """Exit status of each start so far that the job's script saw."""
+        path = self.folder / "logs" / f"{self.number}.ends"
+        return [int(x.split()[-1]) for x in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_a_job_survives_requeue_kill_freeze_and_notice_and_loses_no_step(cluster, tmp_path):
+    steps = 400
+    words = ["--config", "tiny_sft", "--sft.steps", str(steps), "--checkpoint.every", "25", *WELL_CONDITIONED]
+    words += ["--cluster.heartbeat-s", str(HEARTBEAT_S)]
+    undisturbed = submit(cluster, tmp_path / "undisturbed", *words)
+    assert cluster.wait_for_end(undisturbed, seconds=600) == "COMPLETED", logs(tmp_path / "undisturbed")
+    run = Run(cluster, tmp_path / "run", *words)
+
+    run.wait_for_step(30)
+    cluster("scontrol", "requeue", run.number)
+
+    run.wait_for_step(60)
+    os.kill(run.pid(1), signal.SIGKILL)
+    cluster.wait(lambda: not run.alive(), seconds=60, what="end of the survivor")
+
+    run.wait_for_step(110)
+    frozen, log = run.pid(1), tmp_path / "run" / "logs" / f"{run.number}.0.log"
+    os.kill(frozen, signal.SIGSTOP)
+    start = time.monotonic()
+    cluster.wait(
+        lambda: "rank 1 has given no sign of life" in log.read_text(), seconds=60, what="name of the stuck rank"
+    )
+    assert time.monotonic() - start <= 2 * HEARTBEAT_S
+    assert "Current thread" in (tmp_path / "run" / "alive" / "0.stacks").read_text()
+    cluster.wait(lambda: run.pid(1) != frozen, seconds=90, what="end of the frozen rank")
+
+    run.wait_for_step(160)
+    cluster("scancel", "--batch", "--signal=USR1", run.number)  # as --signal=B:USR1@60 does before the time limit
+    cluster.wait(lambda: 75 in run.ends(), seconds=90, what="agreed stop")
+
+    assert cluster.wait_for_end(run.number, seconds=600) == "COMPLETED", logs(tmp_path / "run")
+    assert run.steps() == list(range(1, steps + 1))
+    assert int(cluster.job(run.number)["Restarts"]) >= 4  # more where the machine is so busy that a process seems dead
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "undisturbed")
+    assert final_arrays(tmp_path / "run") == final_arrays(tmp_path / "undisturbed")
 
 
 def test_an_error_of_the_user_ends_the_job_without_another_try(cluster, tmp_path):
