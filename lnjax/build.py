@@ -19,7 +19,7 @@ from lnjax.mesh import check_divisible, make_mesh
 from lnjax.metrics import MetricsLog
 from lnjax.models.decoder import Compute, Model
 from lnjax.models.hf import hf_config
-from lnjax.ops.select import select_ops
+from lnjax.ops.select import check_ops, select_ops
 from lnjax.rollout.embedded import EmbeddedEngine
 from lnjax.rollout.first import FirstEngine
 from lnjax.rollout.vllm import VllmEngine
@@ -108,6 +108,7 @@ def build(c: RunConfig, run_dir: Path) -> Built:
             f"grpo.max_staleness={c.grpo.max_staleness}: the embedded engine cannot sample beside updates in a run of "
             f"{jax.process_count()} processes, whose programs must run in one order; use 0, one process, or vLLM servers"
         )
+    check_ops(c.ops)
     spec = model_spec(c.model)
     tokenizer = load_tokenizer(tokenizer_source(c.model))
     if tokenizer.vocab_size > spec.vocab_size:

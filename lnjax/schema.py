@@ -48,8 +48,9 @@ class MeshConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpsConfig:
-    matmul: Literal["xla"] = "xla"
-    """Dense kernel."""
+    matmul: Literal["xla", "fp8"] = "xla"
+    """Products of the blocks: in compute_dtype, or with both operands in FP8 (current scaling, forward and backward; GPUs
+    of compute capability 8.9 and later). Embedding and head stay in compute_dtype."""
     attention: Literal["xla"] = "xla"
     """Attention kernel: blocks of queries against all keys, causal inside a segment."""
     head: Literal["xla"] = "xla"

@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lnjax.errors import ConfigError
+from lnjax.errors import ConfigError, KernelUnavailable
 from lnjax.mesh import make_mesh
 from lnjax.ops.attention import attention_xla
 from lnjax.ops.head import head_xla
+from lnjax.ops.matmul import count_fp8, matmul_fp8, matmul_xla
 from lnjax.ops.sample import sample
-from lnjax.schema import MeshConfig
+from lnjax.ops.select import select_ops
+from lnjax.schema import MeshConfig, OpsConfig
 from lnjax.types import SamplingParams
 
 
@@ -158,3 +160,52 @@ def test_a_mesh_that_does_not_fit_the_devices_is_a_config_error():
         make_mesh(MeshConfig(data=3, fsdp=1, tensor=1), devices=jax.devices())
     with pytest.raises(ConfigError, match="only one axis may be -1"):
         make_mesh(MeshConfig(data=-1), devices=jax.devices())
+
+
+def both_passes(matmul, x, w, g):
+    out, back = jax.vjp(matmul, x, w)
+    return out, *back(g)
+
+
+def test_fp8_products_are_exact_where_the_numbers_are_and_near_where_they_are_not():
+    exact = jnp.asarray(np.random.default_rng(0).choice([-2.0, -1, 0, 0.5, 1], size=(16, 16)), jnp.float32)
+    for ours, theirs in zip(
+        both_passes(matmul_fp8, exact, exact, exact), both_passes(matmul_xla, exact, exact, exact), strict=True
+    ):
+        close(ours, theirs, 1e-5)
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, w, g = (jax.random.normal(k, s) for k, s in zip(keys, ((2, 64, 48), (48, 32), (2, 64, 32)), strict=True))
+    pairs = zip(
+        both_passes(matmul_fp8, 1e-4 * x, w, 1e5 * g), both_passes(matmul_xla, 1e-4 * x, w, 1e5 * g), strict=True
+    )
+    errors = [float(jnp.linalg.norm(ours - theirs) / jnp.linalg.norm(theirs)) for ours, theirs in pairs]
+    assert errors[0] < 0.045 and max(errors) < 0.07 and min(errors) > 0.02  # 3 bits of mantissa, 2 for gradients
+
+
+def test_fp8_of_zeros_is_zero_and_of_a_nan_is_seen():
+    zeros = jnp.zeros((16, 16))
+    assert not np.asarray(matmul_fp8(zeros, zeros)).any()
+    assert np.isnan(np.asarray(matmul_fp8(zeros.at[0, 0].set(jnp.nan), zeros))).any()
+
+
+def test_a_dim_that_cublas_does_not_take_in_fp8_is_named():
+    with pytest.raises(ValueError, match=r"out dim 24 of \[16, 16\] @ \[16, 24\] is no multiple of 16"):
+        matmul_fp8(jnp.zeros((16, 16)), jnp.zeros((16, 24)))
+
+
+def test_fp8_without_a_gpu_says_so():
+    with pytest.raises(KernelUnavailable, match="needs NVIDIA GPUs, the mesh is of cpu devices"):
+        select_ops(OpsConfig(matmul="fp8"), mesh=make_mesh(MeshConfig()))
+
+
+def test_fp8_products_of_a_program_are_counted_by_the_types_of_their_operands():
+    text = """
+      %a = f8e4m3fn[16,16]{1,0} parameter(0)
+      %b.1 = f8e5m2[16,16]{0,1} parameter(1)
+      %c = bf16[16,16]{1,0} convert(%a)
+      %dot.1 = f32[16,16]{1,0} dot(%a, %b.1), lhs_contracting_dims={1}
+      %dot.2 = f32[16,16]{1,0} dot(%c, %b.1), lhs_contracting_dims={1}
+      %g = (f32[16,16]{1,0}, s8[4]{0}) custom-call(%a, %b.1), custom_call_target="__cublas$lt$matmul$f8"
+      %h = (f32[16,16]{1,0}, s8[4]{0}) custom-call(%c, %c), custom_call_target="__cublas$lt$matmul"
+    """
+    assert count_fp8(text) == 2

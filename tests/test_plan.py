@@ -195,16 +195,27 @@ def config():
 """
 
 
+@pytest.fixture(scope="module")
+def cuda():
+    """Plans nano8b's SFT on eight H100s with XLA's CUDA plugin, in an environment apart: nobody else needs 5 GB of CUDA."""
+    plugins = {**os.environ, "UV_PROJECT_ENVIRONMENT": ".venv-cuda13"}
+    subprocess.run(["uv", "sync", "--quiet", "--extra", "cuda13"], cwd=ROOT, env=plugins, check=True)
+
+    def plan(folder, *words):
+        config, out = folder / "nano.py", folder / "plan.json"
+        config.write_text(NANO8B)
+        command = [ROOT / ".venv-cuda13/bin/python", "-m", "lnjax.plan", "--config", config, "--json", out, *words]
+        subprocess.run(command, cwd=ROOT, check=True)
+        return json.loads(out.read_text())
+
+    return plan
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_eight_billion_parameters_compile_for_eight_h100s(tmp_path):
-    spec, (config, out) = family("nano8b"), (tmp_path / "nano.py", tmp_path / "plan.json")
-    config.write_text(NANO8B)
-    plugins = {**os.environ, "UV_PROJECT_ENVIRONMENT": ".venv-cuda13"}  # apart: nobody else needs 5 GB of CUDA
-    subprocess.run(["uv", "sync", "--quiet", "--extra", "cuda13"], cwd=ROOT, env=plugins, check=True)
-    command = [ROOT / ".venv-cuda13/bin/python", "-m", "lnjax.plan", "--config", config, "--json", out]
-    subprocess.run(command, cwd=ROOT, check=True)
-    plan = json.loads(out.read_text())
+def test_eight_billion_parameters_compile_for_eight_h100s(cuda, tmp_path):
+    spec, plan = family("nano8b"), cuda(tmp_path)
+    assert [p["fp8_products"] for p in plan["programs"]] == [0, 0]
     device, gib = plan["per_device"], GIB
     assert plan["how"]["per_device.peak_bytes"] == "compiled"
     assert device["parameters_bytes"] == num_params(spec) * 4 / 8 + 4096 * 4 * 65 * 7 / 8  # norms are whole
@@ -217,6 +228,16 @@ def test_eight_billion_parameters_compile_for_eight_h100s(tmp_path):
     assert sum(r["bytes"] for r in gathers) == pytest.approx(blocks + head, rel=0.05)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_with_fp8_every_product_of_a_block_is_one_on_the_h100_in_all_three_passes(cuda, tmp_path):
+    plan = cuda(tmp_path, "--ops.matmul", "fp8")
+    [gradient, _] = plan["programs"]
+    # q, k, v, o, gate, up, down: forward, again in the backward pass, and two gradients each; nothing depends on the last
+    # product of the recomputed forward pass.
+    assert gradient["fp8_products"] == 7 * 4 - 1
+
+
 def test_a_program_that_moves_too_much_stops_the_plan():
     from lnjax.planner.compiled import Compiled, Program
     from lnjax.planner.report import check_moves
@@ -225,7 +246,7 @@ def test_a_program_that_moves_too_much_stops_the_plan():
     c = sft_run("nano8b", layout.mesh, rows=8, tokens=8192)
     program = Program(
         name="gradient", argument_bytes=0, output_bytes=0, temp_bytes=0, peak_bytes=0, seconds=0.0, traffic=0.0,
-        collectives=read_collectives(HLO),
+        collectives=read_collectives(HLO), fp8_products=0,
     )  # fmt: skip
     done = Compiled(exact=True, programs=[program], state_bytes={}, rss_bytes=0, warnings=[])
     with pytest.raises(PlanError, match=r"gradient program: big \(jit\(f\)/params\) gathers 4 MiB of f32"):

@@ -4,13 +4,13 @@ import functools
 from dataclasses import dataclass
 from typing import Protocol
 
-import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
 from lnjax.errors import KernelUnavailable
 from lnjax.ops.attention import attention_sharded, attention_xla
 from lnjax.ops.head import HeadOutput, head_xla
+from lnjax.ops.matmul import check_fp8, matmul_fp8, matmul_xla
 from lnjax.schema import OpsConfig
 
 
@@ -40,13 +40,9 @@ class Ops:
     head: Head
 
 
-def matmul_xla(x: Array, w: Array) -> Array:
-    return jnp.matmul(x, w)
-
-
 def select_ops(c: OpsConfig, *, mesh: Mesh) -> Ops:
     """Raises KernelUnavailable for a name that cannot run here."""
-    matmuls = {"xla": matmul_xla}
+    matmuls = {"xla": matmul_xla, "fp8": matmul_fp8}
     attentions = {"xla": functools.partial(attention_sharded, kernel=attention_xla, mesh=mesh)}
     heads = {"xla": functools.partial(head_xla, mesh=mesh)}
     for kind, name, known in (
@@ -56,4 +52,15 @@ def select_ops(c: OpsConfig, *, mesh: Mesh) -> Ops:
     ):
         if name not in known:
             raise KernelUnavailable(f"ops.{kind}={name!r} does not exist; use one of {sorted(known)} with --ops.{kind}")
+    platform = mesh.devices.flat[0].platform
+    if c.matmul == "fp8" and platform != "gpu":
+        raise KernelUnavailable(
+            f"ops.matmul=fp8 needs NVIDIA GPUs, the mesh is of {platform} devices; use --ops.matmul xla"
+        )
     return Ops(mesh=mesh, matmul=matmuls[c.matmul], attention=attentions[c.attention], head=heads[c.head])
+
+
+def check_ops(c: OpsConfig) -> None:
+    """Try on this machine's own devices what may look right and be something else. Raises KernelUnavailable."""
+    if c.matmul == "fp8":
+        check_fp8()

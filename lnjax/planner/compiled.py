@@ -28,6 +28,7 @@ from lnjax.build import build_model
 from lnjax.errors import LnjaxError, PlanError
 from lnjax.learn.update import Updater
 from lnjax.mesh import make_mesh, sharding
+from lnjax.ops.matmul import count_fp8
 from lnjax.planner.collectives import Collective, read_collectives, traffic
 from lnjax.planner.hardware import Hardware
 from lnjax.schema import ModelSpec, RunConfig
@@ -75,6 +76,8 @@ class Program:
     collectives: list[Collective]
     traffic: float
     """Bytes of all arrays written and read, in closed form."""
+    fp8_products: int
+    """Products of two FP8 operands in its text; a loop's body counts once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +165,8 @@ def compile_job(job: Job, devices: list[Any]) -> Compiled:
     batch = abstract_batch(mesh, stage=job.stage, rows=part.pack.microbatch_rows, row_tokens=part.pack.row_tokens)
     grads = updater.abstract_gradient(batch)
     options = OPTIONS if has_cuda_plugin() and devices[0].platform != "cpu" else {}
+    if c.ops.matmul == "fp8":  # without a GPU to measure on, XLA makes FP8 products by Triton alone
+        options = {k: v for k, v in options.items() if k != "xla_gpu_enable_triton_gemm"}
     programs = []
     for name, lowered in updater.lower(state, grads, batch, accumulate=job.accumulate).items():
         start = time.monotonic()
@@ -181,6 +186,7 @@ def compile_job(job: Job, devices: list[Any]) -> Compiled:
                 seconds=time.monotonic() - start,
                 collectives=read_collectives(text),
                 traffic=traffic(text),
+                fp8_products=count_fp8(text),
             )
         )
         del program, text

@@ -52,6 +52,7 @@ def pass_terms(
     rows = layout.microbatch_rows / (m.data * m.fsdp)
     tokens = rows * work.row_tokens / (m.context * m.tensor)  # a GPU's share
     matmul = tokens * matmul_flops_per_token(spec) * passes
+    head = tokens * 6 * spec.vocab_size * spec.d_model * passes
     attention = tokens * (flops_per_token(spec, context=work.segment_tokens) - matmul_flops_per_token(spec)) * passes
     # Of the row's score tiles those up to the diagonal are made; the last of the context shards has the most.
     unbalanced = (2 * m.context - 1) / m.context
@@ -68,7 +69,9 @@ def pass_terms(
     exchanged = residual * parts(spec) * (2 + (2 * again + 3) * backward)
     inside = layout.learner_gpus <= hw.gpus_per_node
     return {
-        "compute": matmul / hw.bf16_flops + attention / hw.attention_flops,
+        "compute": (matmul - head) / (hw.fp8_flops if c.ops.matmul == "fp8" else hw.bf16_flops)
+        + head / hw.bf16_flops
+        + attention / hw.attention_flops,
         "hbm": (streamed + traffic) / hw.hbm,
         "nvlink": (exchanged + moved * inside) / hw.nvlink,
         "infiniband": moved * (not inside) / hw.infiniband,

@@ -1,0 +1,108 @@
+"""Matrix products of the decoder's blocks: x [..., D] @ w [D, F] -> [..., F] in x's dtype.
+
+Legend: M tokens, D in, F out.
+"""
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lnjax.errors import KernelUnavailable
+
+E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
+FP8_MULTIPLE = 16
+"""cuBLASLt's FP8 products take dims of whole multiples of this."""
+FP8_ERROR = 0.1
+"""Relative, of a product of random matrices; e4m3 has 3 bits of mantissa, e5m2 has 2: 0.04 forward, 0.06 backward."""
+CUBLAS_FP8 = "__cublas$lt$matmul$f8"
+
+
+def matmul_xla(x: Array, w: Array) -> Array:
+    return jnp.matmul(x, w)
+
+
+def quantize(x: Array, dtype: Any) -> tuple[Array, Array]:
+    """(x in `dtype`, the float32 scalar that it is to be multiplied by). The tensor's largest value becomes the dtype's
+    (current scaling: arXiv 2209.05433 with the tensor's own maximum instead of a history)."""
+    largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
+    top = float(jnp.finfo(dtype).max)
+    scale = jnp.where(largest > 0, top / jnp.maximum(largest, 1e-30), 1.0)
+    return jnp.clip(x.astype(jnp.float32) * scale, -top, top).astype(dtype), 1.0 / scale
+
+
+def _product(a: Array, b: Array, scale: Array, *, contract: tuple[int, int], dtype: jnp.dtype) -> Array:
+    """A product of FP8 matrices, accumulated in float32. The operands go in as they are: widened first, as quantise-dequantise
+    recipes have it, XLA multiplies them in bfloat16 on Hopper."""
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return (jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32) * scale).astype(dtype)
+
+
+@jax.custom_vjp
+def _fp8(x_MD: Array, w_DF: Array) -> Array:
+    return _fp8_fwd(x_MD, w_DF)[0]
+
+
+def _fp8_fwd(x_MD: Array, w_DF: Array):
+    (x, x_scale), (w, w_scale) = quantize(x_MD, E4M3), quantize(w_DF, E4M3)
+    out = _product(x, w, x_scale * w_scale, contract=(1, 0), dtype=x_MD.dtype)
+    return out, (x, x_scale, w, w_scale)
+
+
+def _fp8_bwd(residuals, g_MF: Array):
+    x, x_scale, w, w_scale = residuals
+    g, g_scale = quantize(g_MF, E5M2)
+    dx = _product(g, w, g_scale * w_scale, contract=(1, 1), dtype=g_MF.dtype)
+    dw = _product(x, g, g_scale * x_scale, contract=(0, 0), dtype=g_MF.dtype)
+    return dx, dw
+
+
+_fp8.defvjp(_fp8_fwd, _fp8_bwd)
+
+
+def matmul_fp8(x: Array, w: Array) -> Array:
+    """Both operands in FP8 with one current scale each: e4m3 forward, e5m2 for gradients (arXiv 2209.05433); all three
+    products of the pass. Raises ValueError where a dim is no multiple of 16."""
+    rows = x.size // x.shape[-1]
+    for name, size in (("tokens", rows), ("in", w.shape[0]), ("out", w.shape[1])):
+        if size % FP8_MULTIPLE:
+            raise ValueError(f"ops.matmul=fp8: {name} dim {size} of [{rows}, {w.shape[0]}] @ [{w.shape[0]}, {w.shape[1]}] "
+                             f"is no multiple of {FP8_MULTIPLE}; use --ops.matmul xla")  # fmt: skip
+    return _fp8(x.reshape(rows, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[1])
+
+
+def count_fp8(program: str) -> int:
+    """Products of two FP8 operands in the text of a program compiled for a GPU: dots that a Triton kernel makes as such, and
+    cuBLASLt's."""
+    narrow = set(re.findall(r"(%[\w.-]+) = f8\w+\[", program))
+    dots = re.findall(r" dot\((%[\w.-]+), (%[\w.-]+)\)", program)
+    return sum(a in narrow and b in narrow for a, b in dots) + program.count(f'"{CUBLAS_FP8}"')
+
+
+def check_fp8() -> None:
+    """Compile and run one small pass on this machine's GPU. Raises KernelUnavailable where it has no FP8 products, or wrong
+    ones."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, w, g = (jax.random.normal(k, (256, 256), jnp.bfloat16) for k in keys)
+
+    def both(matmul, x, w, g):
+        out, back = jax.vjp(matmul, x, w)
+        return out, *back(g)
+
+    program = jax.jit(functools.partial(both, matmul_fp8)).lower(x, w, g).compile()
+    found = count_fp8(program.as_text() or "")
+    if found != 3:
+        raise KernelUnavailable(
+            f"ops.matmul=fp8: XLA compiled {found} of 3 products as FP8 for {jax.devices()[0].device_kind}, which needs compute "
+            "capability 8.9 or later; use --ops.matmul xla"
+        )
+    pairs = zip(program(x, w, g), both(matmul_xla, x, w, g), strict=True)
+    errors = [float(jnp.linalg.norm(ours - theirs) / jnp.linalg.norm(theirs)) for ours, theirs in pairs]
+    if not max(errors) < FP8_ERROR:
+        raise KernelUnavailable(
+            f"ops.matmul=fp8: relative errors {errors} of forward and backward products, expected below {FP8_ERROR}; use "
+            "--ops.matmul xla"
+        )
