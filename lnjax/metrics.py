@@ -23,6 +23,17 @@ SILENT_S = 3.0  # a wait shorter than this shows nothing
 LINE_EVERY_S = 2.0
 TABLE_ROWS = 12
 
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+_compiled = 0
+
+
+def _hear(event: str, duration_secs: float, **kwargs: Any) -> None:
+    global _compiled
+    _compiled += event == COMPILE_EVENT
+
+
+jax.monitoring.register_event_duration_secs_listener(_hear)
+
 COLUMNS: dict[str, tuple[str, str]] = {
     "loss": ("loss", ".4f"),
     "reward": ("reward", ".3f"),
@@ -66,6 +77,7 @@ class MetricsLog:
         for line in kept:
             self._count(line)
         self._phases: dict[str, float] = {}
+        self._compiled = _compiled
         first = min((line["step"] for line in kept[-1:]), default=0)
         self._board = SummaryWriter(str(run_dir / "tb"), purge_step=first + 1 if kept else None, write_to_disk=writes)
         self._rows: list[tuple[str, int, Mapping[str, Any]]] = []
@@ -94,8 +106,10 @@ class MetricsLog:
         self._phases[name] = self._phases.get(name, 0.0) + seconds
 
     def log(self, stage: str, *, step: int, values: Mapping[str, Any], total_steps: int = 0) -> None:
-        """Write one line {"stage", "step", **values, "time": {phase: seconds}}; all but "time" is reproducible."""
-        times = {f"{k}_s": round(v, 4) for k, v in self._phases.items()}
+        """Write one line {"stage", "step", **values, "time": {phase: seconds, "compiled": programs}}; all but "time" is
+        reproducible. Programs that were compiled since the last line; after warm-up there should be none."""
+        times = {f"{k}_s": round(v, 4) for k, v in self._phases.items()} | {"compiled": _compiled - self._compiled}
+        self._compiled = _compiled
         self._phases.clear()
         line = {"stage": stage, "step": step, **{k: _number(v) for k, v in values.items()}, "time": times}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
@@ -124,6 +138,8 @@ class MetricsLog:
 
     def _count(self, line: Mapping[str, Any]) -> None:
         for key, value in line.get("time", {}).items():
+            if key == "compiled":
+                continue
             name = f"{line['stage']}.{key.removesuffix('_s')}"
             self.seconds[name] = self.seconds.get(name, 0.0) + value
         for key, value in line.items():

@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lnjax import grpo, sft
 from lnjax.config import load_config
 from lnjax.errors import TrainingDiverged
 from lnjax.grpo import pack_part
@@ -17,6 +19,7 @@ from lnjax.learn.loss import grpo_loss, kl_penalty, policy_loss, sft_loss
 from lnjax.learn.optimizer import learning_rate
 from lnjax.learn.update import Updater
 from lnjax.mesh import put_rows
+from lnjax.planner.compiled import abstract_batch
 from lnjax.schema import AdvantageConfig, GrpoLossConfig, MeshConfig, OptimizerConfig, PackConfig
 from lnjax.types import PackedBatch, RlBatch, Sample
 from tests.specs import llama, nemotron
@@ -298,3 +301,19 @@ def test_bf16_compute_keeps_f32_master_weights(make_model):
         state, stats = up.update(state, split(rows(llama(), 4), 4))
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     assert float(stats["loss"]) < 5.1
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_no_program_of_an_update_holds_an_array_of_tokens_by_vocabulary(make_model, stage):
+    rows, row_tokens, vocabulary = 4, 256, 100_003
+    c = load_config("tiny_grpo")
+    model = make_model(llama(vocab_size=vocabulary), remat="full")
+    loop, part = (grpo, c.grpo) if stage == "grpo" else (sft, c.sft)
+    updater = loop.build_updater(model, part, dtype=jnp.float32)
+    batch = abstract_batch(model.compute.ops.mesh, stage=stage, rows=rows, row_tokens=row_tokens)
+    so_far = updater.abstract_gradient(batch)
+    for program in updater.lower(updater.abstract_state(), so_far, batch, accumulate=True).values():
+        shapes = re.findall(r"\b(?:f32|bf16|s32|pred)\[([\d,]+)\]", program.compile().as_text())
+        largest = max(math.prod(map(int, shape.split(","))) for shape in shapes)
+        assert largest >= vocabulary * 32  # the embedding was seen
+        assert largest < rows * row_tokens * vocabulary / 4

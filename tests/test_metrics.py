@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import numpy as np
 import pytest
 
 from lnjax.errors import CheckpointError, DataError
@@ -28,9 +30,20 @@ def test_a_line_holds_values_and_the_seconds_of_each_phase(tmp_path):
         "update_tokens": 7,
         "bad": None,
     }
-    assert list(first["time"]) == ["update_s"]
-    assert second["time"] == {}
+    assert list(first["time"]) == ["update_s", "compiled"]
+    assert second["time"] == {"compiled": 0}
     assert log.tokens == {"sft.update_tokens": 12}
+
+
+def test_a_line_counts_the_programs_compiled_since_the_last(tmp_path):
+    log = MetricsLog(tmp_path, quiet=True)
+    double = jax.jit(lambda x: x * 2.0)
+    for step, shape in enumerate(((3,), (3,), (5,)), 1):
+        double(np.ones(shape))
+        log.log("sft", step=step, values={})
+    log.close()
+    assert [x["time"]["compiled"] for x in lines_of(tmp_path)] == [1, 0, 1]
+    assert log.seconds == {}
 
 
 def test_reopening_keeps_the_lines_of_the_checkpoint_and_no_more(tmp_path):

@@ -32,10 +32,13 @@ def run(*words, devices=1):
     return done
 
 
+def metrics_with_times(folder):
+    return [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def metrics(folder):
     """Lines without their times."""
-    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "time"} for line in lines]
+    return [{k: v for k, v in line.items() if k != "time"} for line in metrics_with_times(folder)]
 
 
 def final_arrays(folder):
@@ -286,3 +289,14 @@ def test_a_dry_run_checks_everything_and_writes_nothing(capfd, tmp_path):
     assert "28,832 parameters" in out
     assert "passes the linter" in out
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.slow
+def test_two_hundred_steps_of_mixed_lengths_compile_nothing_after_the_first(tmp_path):
+    run(*("--config", "tiny_grpo", "--run-dir", tmp_path / "r", "--grpo.steps", 200, "--sft.steps", 200))
+    lines = metrics_with_times(tmp_path / "r")
+    for stage in ("sft", "grpo"):
+        compiled = [x["time"]["compiled"] for x in lines if x["stage"] == stage]
+        assert len(compiled) == 200
+        assert compiled[0] > 0  # it counts
+        assert sum(compiled[5:]) == 0, compiled
