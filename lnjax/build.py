@@ -19,6 +19,7 @@ from lnjax.mesh import check_divisible, make_mesh
 from lnjax.metrics import MetricsLog
 from lnjax.models.decoder import Compute, Model
 from lnjax.models.hf import hf_config
+from lnjax.ops.cudnn import MAX_DOCUMENTS
 from lnjax.ops.select import check_ops, select_ops
 from lnjax.rollout.embedded import EmbeddedEngine
 from lnjax.rollout.first import FirstEngine
@@ -127,6 +128,12 @@ def build_model(c: RunConfig, *, spec: ModelSpec, mesh: Mesh) -> Model:
         if stage := getattr(c, name):
             rows = (stage.pack.microbatch_rows, stage.pack.row_tokens)
             check_divisible(mesh, name=f"{name}.pack", shape=rows, logical=("batch", "positions"))
+            if c.ops.attention == "cudnn" and (name != "sft" and stage.pack.share_prompts):
+                raise ConfigError(f"ops.attention=cudnn knows no shared prompts; use --{name}.pack.share-prompts false")
+            if c.ops.attention == "cudnn" and stage.pack.max_segments > MAX_DOCUMENTS:
+                raise ConfigError(
+                    f"ops.attention=cudnn takes {MAX_DOCUMENTS} sequences a row; use --{name}.pack.max-segments {MAX_DOCUMENTS}"
+                )
     return model
 
 

@@ -138,8 +138,8 @@ def credit(groups: Sequence[RolloutGroup], *, c: GrpoConfig) -> list[list[Sample
 
 
 def pack_part(groups: Sequence[Sequence[Sample]], *, c: GrpoConfig, first: bool) -> list[RlBatch]:
-    """Microbatches (host arrays) of one update. The samples of a group share their prompt's tokens."""
-    packing = pack(groups, c=c.pack)
+    """Microbatches (host arrays) of one update. The samples of a group share their prompt's tokens, where they may."""
+    packing = pack(groups if c.pack.share_prompts else [[s] for group in groups for s in group], c=c.pack)
     weights, count_B = [], np.zeros((packing.num_rows,), np.float32)
     for sample, place in zip(packing.samples, packing.places, strict=True):
         weight, count = loss_weight(

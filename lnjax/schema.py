@@ -51,8 +51,9 @@ class OpsConfig:
     matmul: Literal["xla", "fp8"] = "xla"
     """Products of the blocks: in compute_dtype, or with both operands in FP8 (current scaling, forward and backward; GPUs
     of compute capability 8.9 and later). Embedding and head stay in compute_dtype."""
-    attention: Literal["xla"] = "xla"
-    """Attention kernel: blocks of queries against all keys, causal inside a segment."""
+    attention: Literal["xla", "cudnn"] = "xla"
+    """Blocks of queries against blocks of keys, causal inside a segment; or cuDNN's kernel over packed rows (Hopper and later,
+    bfloat16), which knows no shared prompts (pack.share_prompts) and no mesh.context."""
     head: Literal["xla"] = "xla"
     """Logprob and cross-entropy kernel: blocks of vocabulary, hand-written backward."""
 
@@ -89,6 +90,8 @@ class PackConfig:
     """Rows of one forward and backward pass, over all devices."""
     max_segments: int = 64
     """Most sequences in one row."""
+    share_prompts: bool = True
+    """Completions of one prompt stand behind one copy of it in a row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

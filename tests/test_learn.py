@@ -212,9 +212,9 @@ def test_sharing_prompts_changes_neither_loss_nor_gradient_and_saves_tokens(make
         total_steps=1,
     )
     groups, found = groups_of(spec, 4), {}
-    c = dataclasses.replace(config, loss=loss, pack=PackConfig(row_tokens=row_tokens, microbatch_rows=1))
-    for name, packed in (("shared", groups), ("apart", [[s] for g in groups for s in g])):
-        batches = pack_part(packed, c=c, first=True)
+    for name, shares in (("shared", True), ("apart", False)):
+        rows = PackConfig(row_tokens=row_tokens, microbatch_rows=1, share_prompts=shares)
+        batches = pack_part(groups, c=dataclasses.replace(config, loss=loss, pack=rows), first=True)
         grads, sums = up.gradient(params, put_rows(model.compute.ops.mesh, batches))
         used = sum(int((b.packed.segment_ids_BT > 0).sum()) for b in batches)
         found[name] = (jax.tree.map(lambda g, n=sums.count: g / n, grads), sums, used)

@@ -8,12 +8,13 @@ import pytest
 from lnjax.errors import ConfigError, KernelUnavailable
 from lnjax.mesh import make_mesh
 from lnjax.ops.attention import attention_xla
+from lnjax.ops.cudnn import MAX_DOCUMENTS, attention_cudnn, documents
 from lnjax.ops.head import head_xla
 from lnjax.ops.matmul import count_fp8, matmul_fp8, matmul_xla
 from lnjax.ops.sample import sample
 from lnjax.ops.select import select_ops
 from lnjax.schema import MeshConfig, OpsConfig
-from lnjax.types import SamplingParams
+from lnjax.types import BRANCH, SamplingParams
 
 
 def close(a, b, tol):
@@ -193,9 +194,10 @@ def test_a_dim_that_cublas_does_not_take_in_fp8_is_named():
         matmul_fp8(jnp.zeros((16, 16)), jnp.zeros((16, 24)))
 
 
-def test_fp8_without_a_gpu_says_so():
+@pytest.mark.parametrize("changes", [{"matmul": "fp8"}, {"attention": "cudnn"}])
+def test_a_gpu_s_kernel_without_a_gpu_says_so(changes):
     with pytest.raises(KernelUnavailable, match="needs NVIDIA GPUs, the mesh is of cpu devices"):
-        select_ops(OpsConfig(matmul="fp8"), mesh=make_mesh(MeshConfig()))
+        select_ops(OpsConfig(**changes), mesh=make_mesh(MeshConfig()))
 
 
 def test_fp8_products_of_a_program_are_counted_by_the_types_of_their_operands():
@@ -209,3 +211,28 @@ def test_fp8_products_of_a_program_are_counted_by_the_types_of_their_operands():
       %h = (f32[16,16]{1,0}, s8[4]{0}) custom-call(%c, %c), custom_call_target="__cublas$lt$matmul"
     """
     assert count_fp8(text) == 2
+
+
+def test_cudnn_is_told_each_document_of_a_row_and_rows_it_cannot_be_told_of_are_found():
+    rows = [[1, 1, 2, 3, 3, 0], [0] * 6, [1] * 6, [1, 0, 2, 0, 0, 0], [2, 2, 1, 1, 0, 0], [1, 1, 1 + BRANCH, 0, 0, 0]]
+    lengths, starts, said = documents(jnp.array(rows, jnp.int32))
+    assert lengths.shape == (6, MAX_DOCUMENTS) and starts.shape == (6, MAX_DOCUMENTS + 1)
+    assert lengths[:3, :4].tolist() == [[2, 1, 2, -1], [-1] * 4, [6, -1, -1, -1]]
+    assert starts[:3, :4].tolist() == [[0, 2, 3, -1], [-1] * 4, [0, -1, -1, -1]]
+    assert said.tolist() == [True, True, True, False, False, False]
+    crowd = jnp.arange(1, MAX_DOCUMENTS + 2)[None]
+    assert not documents(crowd)[2].any() and documents(crowd[:, :-1])[2].all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "keys", "message"),
+    [
+        (jnp.float32, 64, 32, "float32 activations"),
+        (jnp.bfloat16, 12, 32, "head_dim 12 is no multiple of 8"),
+        (jnp.bfloat16, 64, 64, "mesh.context splits rows"),
+    ],
+)
+def test_what_cudnn_does_not_take_is_named(dtype, head_dim, keys, message):
+    q, k = jnp.zeros((1, 32, 2, head_dim), dtype), jnp.zeros((1, keys, 2, head_dim), dtype)
+    with pytest.raises(KernelUnavailable, match=message):
+        attention_cudnn(q, k, k, jnp.ones((1, 32), jnp.int32), jnp.ones((1, keys), jnp.int32), jnp.int32(0))

@@ -215,7 +215,7 @@ def cuda():
 @pytest.mark.timeout(1800)
 def test_eight_billion_parameters_compile_for_eight_h100s(cuda, tmp_path):
     spec, plan = family("nano8b"), cuda(tmp_path)
-    assert [p["fp8_products"] for p in plan["programs"]] == [0, 0]
+    assert {(p["fp8_products"], p["cudnn_attention"]) for p in plan["programs"]} == {(0, 0)}
     device, gib = plan["per_device"], GIB
     assert plan["how"]["per_device.peak_bytes"] == "compiled"
     assert device["parameters_bytes"] == num_params(spec) * 4 / 8 + 4096 * 4 * 65 * 7 / 8  # norms are whole
@@ -230,12 +230,14 @@ def test_eight_billion_parameters_compile_for_eight_h100s(cuda, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_with_fp8_every_product_of_a_block_is_one_on_the_h100_in_all_three_passes(cuda, tmp_path):
-    plan = cuda(tmp_path, "--ops.matmul", "fp8")
+def test_the_h100_s_own_kernels_are_in_the_compiled_step_and_take_less_memory(cuda, tmp_path):
+    plan = cuda(tmp_path, "--ops.matmul", "fp8", "--ops.attention", "cudnn")
     [gradient, _] = plan["programs"]
     # q, k, v, o, gate, up, down: forward, again in the backward pass, and two gradients each; nothing depends on the last
     # product of the recomputed forward pass.
     assert gradient["fp8_products"] == 7 * 4 - 1
+    assert gradient["cudnn_attention"] == 3  # forward, again, backward
+    assert plan["fits"]
 
 
 def test_a_program_that_moves_too_much_stops_the_plan():
@@ -246,7 +248,7 @@ def test_a_program_that_moves_too_much_stops_the_plan():
     c = sft_run("nano8b", layout.mesh, rows=8, tokens=8192)
     program = Program(
         name="gradient", argument_bytes=0, output_bytes=0, temp_bytes=0, peak_bytes=0, seconds=0.0, traffic=0.0,
-        collectives=read_collectives(HLO), fp8_products=0,
+        collectives=read_collectives(HLO), fp8_products=0, cudnn_attention=0,
     )  # fmt: skip
     done = Compiled(exact=True, programs=[program], state_bytes={}, rss_bytes=0, warnings=[])
     with pytest.raises(PlanError, match=r"gradient program: big \(jit\(f\)/params\) gathers 4 MiB of f32"):

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from lnjax.errors import KernelUnavailable
 from lnjax.ops.attention import attention_sharded, attention_xla
+from lnjax.ops.cudnn import attention_cudnn, check_cudnn
 from lnjax.ops.head import HeadOutput, head_xla
 from lnjax.ops.matmul import check_fp8, matmul_fp8, matmul_xla
 from lnjax.schema import OpsConfig
@@ -43,7 +44,8 @@ class Ops:
 def select_ops(c: OpsConfig, *, mesh: Mesh) -> Ops:
     """Raises KernelUnavailable for a name that cannot run here."""
     matmuls = {"xla": matmul_xla, "fp8": matmul_fp8}
-    attentions = {"xla": functools.partial(attention_sharded, kernel=attention_xla, mesh=mesh)}
+    kernels = {"xla": attention_xla, "cudnn": attention_cudnn}
+    attentions = {name: functools.partial(attention_sharded, kernel=f, mesh=mesh) for name, f in kernels.items()}
     heads = {"xla": functools.partial(head_xla, mesh=mesh)}
     for kind, name, known in (
         ("matmul", c.matmul, matmuls),
@@ -53,10 +55,11 @@ def select_ops(c: OpsConfig, *, mesh: Mesh) -> Ops:
         if name not in known:
             raise KernelUnavailable(f"ops.{kind}={name!r} does not exist; use one of {sorted(known)} with --ops.{kind}")
     platform = mesh.devices.flat[0].platform
-    if c.matmul == "fp8" and platform != "gpu":
-        raise KernelUnavailable(
-            f"ops.matmul=fp8 needs NVIDIA GPUs, the mesh is of {platform} devices; use --ops.matmul xla"
-        )
+    for kind, name in (("matmul", c.matmul), ("attention", c.attention)):
+        if name in ("fp8", "cudnn") and platform != "gpu":
+            raise KernelUnavailable(
+                f"ops.{kind}={name} needs NVIDIA GPUs, the mesh is of {platform} devices; use --ops.{kind} xla"
+            )
     return Ops(mesh=mesh, matmul=matmuls[c.matmul], attention=attentions[c.attention], head=heads[c.head])
 
 
@@ -64,3 +67,5 @@ def check_ops(c: OpsConfig) -> None:
     """Try on this machine's own devices what may look right and be something else. Raises KernelUnavailable."""
     if c.matmul == "fp8":
         check_fp8()
+    if c.attention == "cudnn":
+        check_cudnn()

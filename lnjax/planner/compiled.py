@@ -28,6 +28,7 @@ from lnjax.build import build_model
 from lnjax.errors import LnjaxError, PlanError
 from lnjax.learn.update import Updater
 from lnjax.mesh import make_mesh, sharding
+from lnjax.ops.cudnn import compile_without_a_gpu
 from lnjax.ops.matmul import count_fp8
 from lnjax.planner.collectives import Collective, read_collectives, traffic
 from lnjax.planner.hardware import Hardware
@@ -78,6 +79,8 @@ class Program:
     """Bytes of all arrays written and read, in closed form."""
     fp8_products: int
     """Products of two FP8 operands in its text; a loop's body counts once."""
+    cudnn_attention: int
+    """Calls of cuDNN's attention, forward and backward, likewise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +160,8 @@ def compile_job(job: Job, devices: list[Any]) -> Compiled:
     """The gradient program of one microbatch and the optimizer's, as `Updater` would run them."""
     c = job.config
     mesh = make_mesh(c.mesh, devices=devices)
+    if c.ops.attention == "cudnn":
+        compile_without_a_gpu()
     model = build_model(c, spec=job.spec, mesh=mesh)
     loop, part = (grpo, c.grpo) if job.stage == "grpo" else (sft, c.sft)
     assert part
@@ -187,6 +192,7 @@ def compile_job(job: Job, devices: list[Any]) -> Compiled:
                 collectives=read_collectives(text),
                 traffic=traffic(text),
                 fp8_products=count_fp8(text),
+                cudnn_attention=text.count('custom_call_target="__cudnn$fmha'),
             )
         )
         del program, text

@@ -7,9 +7,11 @@ import pytest
 
 from lnjax.mesh import make_mesh
 from lnjax.ops.attention import attention_xla
+from lnjax.ops.cudnn import attention_cudnn, check_cudnn
 from lnjax.ops.head import head_xla
 from lnjax.ops.matmul import check_fp8
 from lnjax.schema import MeshConfig
+from lnjax.types import BRANCH
 
 pytestmark = pytest.mark.gpus(1)
 
@@ -29,22 +31,30 @@ def test_fp8_products_are_fp8_and_near():
     check_fp8()
 
 
+def test_cudnn_passes_its_own_check_and_marks_a_row_it_cannot_be_told_of():
+    check_cudnn()
+    x = jnp.ones((1, 128, 2, 64), jnp.bfloat16)
+    branches = jnp.where(jnp.arange(128) < 64, 1, 1 + BRANCH)[None]
+    assert jnp.isnan(attention_cudnn(x, x, x, branches, branches, jnp.int32(0))).all()
+
+
+@pytest.mark.parametrize("kernel", [attention_xla, attention_cudnn])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("length", [512, 3000])
-def test_packed_grouped_query_attention_in_bfloat16_and_its_gradient(head_dim, length):
+def test_packed_grouped_query_attention_in_bfloat16_and_its_gradient(kernel, head_dim, length):
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = ((2, length, 8, head_dim), (2, length, 2, head_dim), (2, length, 2, head_dim), (2, length, 8, head_dim))
     q, k, v, g = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
     segments = jnp.broadcast_to(1 + jnp.arange(length) // 200, (2, length)).at[1, -40:].set(0)
 
-    def both(dtype):
-        attend = lambda q, k, v: attention_xla(q, k, v, segments, segments, jnp.int32(0))  # noqa: E731
+    def both(kernel, dtype):
+        attend = lambda q, k, v: kernel(q, k, v, segments, segments, jnp.int32(0))  # noqa: E731
         out, back = jax.vjp(attend, *(x.astype(dtype) for x in (q, k, v)))
         return out, *back(g.astype(dtype))
 
     with jax.default_matmul_precision("highest"):
-        reference = both(jnp.float32)
-    for ours, theirs in zip(both(jnp.bfloat16), reference, strict=True):
+        reference = both(attention_xla, jnp.float32)
+    for ours, theirs in zip(both(kernel, jnp.bfloat16), reference, strict=True):
         assert error(ours, theirs) < 0.01
 
 
