@@ -11,7 +11,7 @@ PACKAGE = ROOT / "lnjax"
 
 FLOORS = [
     {"errors"},
-    {"architecture"},
+    {"architecture", "training"},
     {"schema"},
     {"types", "proxy", "distributed"},
     {"config", "alive"},
@@ -31,6 +31,7 @@ ROOMS = {"models", "learn", "ops", "data", "rollout", "rewards", "checkpoint", "
 NO_JAX = {
     "errors.py",
     "architecture.py",
+    "training.py",
     "schema.py",
     "config.py",
     "sources.py",
