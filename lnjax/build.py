@@ -23,7 +23,7 @@ from lnjax.ops.select import select_ops
 from lnjax.rollout.embedded import EmbeddedEngine
 from lnjax.rollout.first import FirstEngine
 from lnjax.rollout.vllm import VllmEngine
-from lnjax.schema import BlockSpec, EmbeddedConfig, ModelConfig, ModelSpec, RunConfig, SamplingConfig
+from lnjax.schema import STAGES, BlockSpec, EmbeddedConfig, ModelConfig, ModelSpec, RunConfig, SamplingConfig
 from lnjax.types import RolloutEngine, SamplingParams
 
 
@@ -122,7 +122,7 @@ def build_model(c: RunConfig, *, spec: ModelSpec, mesh: Mesh) -> Model:
     """The architecture with its kernels on a mesh. Raises ConfigError naming a dimension that the mesh does not divide."""
     model = Model(spec, Compute(select_ops(c.ops, mesh=mesh), jnp.dtype(c.model.compute_dtype), c.model.remat))
     model.abstract_params(dtype=jnp.dtype(c.model.param_dtype))
-    for name in ("sft", "grpo"):
+    for name in STAGES:
         if stage := getattr(c, name):
             rows = (stage.pack.microbatch_rows, stage.pack.row_tokens)
             check_divisible(mesh, name=f"{name}.pack", shape=rows, logical=("batch", "positions"))

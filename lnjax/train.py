@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lnjax import grpo, sft
+from lnjax import grpo, preference, sft
 from lnjax.alive import Notice, Watchdog
 from lnjax.build import Built, Resources, build, build_engine, initial_params
 from lnjax.checkpoint.hf import save_hf
@@ -23,15 +23,15 @@ from lnjax.models.hf import hf_config
 from lnjax.report import plot_run
 from lnjax.rewards.first import FirstScores
 from lnjax.rewards.pool import build_reward
-from lnjax.schema import RunConfig
+from lnjax.schema import STAGES, RunConfig
 from lnjax.stage import Position, Stage
 
-LOOPS: dict[str, Any] = {"sft": sft, "grpo": grpo}
+LOOPS: dict[str, Any] = {"sft": sft, "preference": preference, "grpo": grpo, "reward_model": preference}
 
 
 def stages_of(c: RunConfig) -> list[tuple[str, Any]]:
     """(name, config) of the stages the run has, in order."""
-    return [(name, getattr(c, name)) for name in LOOPS if getattr(c, name) is not None]
+    return [(name, getattr(c, name)) for name in c.stages or STAGES if getattr(c, name) is not None]
 
 
 def check(c: RunConfig, run_dir: Path) -> str:
@@ -104,6 +104,8 @@ def _streams(b: Built) -> dict[str, Any]:
     """All data of the run, every row checked. Raises DataError naming the row."""
     c = b.config
     streams = {name: LOOPS[name].build_stream(b, stage) for name, stage in stages_of(c)}
+    if c.reward_model:
+        streams["heldout"] = preference.build_heldout(b, c.reward_model)
     if c.eval:
         streams["eval"] = build_prompt_stream(c.eval.prompts, b.tokenizer)
     with build_reward(c.reward) as reward:
@@ -137,7 +139,11 @@ def _run_stages(
         start = Position(source, updates, here["step"] if here else 0, here)
         params = LOOPS[name].run(b, r, config, stage=stage, start=start)
         updates += config.steps * getattr(config, "updates_per_step", 1)
-        _keep(evals, name, evaluate(b, r, after=name, step=updates, params=params))
+        if name == "reward_model":
+            if found := preference.measure(b, r, config, params, step=updates):
+                evals[name] = found
+        else:
+            _keep(evals, name, evaluate(b, r, after=name, step=updates, params=params))
     return params, evals
 
 

@@ -21,7 +21,7 @@ FLOORS = [
     {"data", "rollout", "rewards", "checkpoint"},
     {"build", "score", "stage", "fit"},
     {"source", "parity"},
-    {"evaluate", "sft", "grpo"},
+    {"evaluate", "sft", "grpo", "preference"},
     {"report"},
     {"train", "flags"},
     {"slurm", "planner"},
