@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from lnjax.checkpoint.load import load_weights, read_spec
+from lnjax.checkpoint.load import load_weights, read_num_scores, read_spec
 from lnjax.checkpoint.publish import Publisher
 from lnjax.data.tokenizer import Tokenizer, load_tokenizer
 from lnjax.errors import ConfigError
@@ -19,11 +19,14 @@ from lnjax.mesh import check_divisible, make_mesh
 from lnjax.metrics import MetricsLog
 from lnjax.models.decoder import Compute, Model
 from lnjax.models.hf import hf_config
+from lnjax.models.reward import RewardModel
 from lnjax.ops.select import select_ops
 from lnjax.rollout.embedded import EmbeddedEngine
 from lnjax.rollout.first import FirstEngine
 from lnjax.rollout.vllm import VllmEngine
-from lnjax.schema import STAGES, BlockSpec, EmbeddedConfig, ModelConfig, ModelSpec, RunConfig, SamplingConfig
+from lnjax.schema import BlockSpec, EmbeddedConfig, ModelConfig, ModelSpec, RunConfig, SamplingConfig
+from lnjax.score import ModelScores
+from lnjax.stages import stages_of
 from lnjax.types import RolloutEngine, SamplingParams
 
 
@@ -103,10 +106,11 @@ def _differ(wanted: Sequence[BlockSpec], got: Sequence[BlockSpec]) -> str:
 def build(c: RunConfig, run_dir: Path) -> Built:
     """Mesh, kernels, architecture, tokenizer. Reads no weights."""
     mesh = make_mesh(c.mesh)
-    if c.grpo and c.grpo.max_staleness and isinstance(c.engine, EmbeddedConfig) and jax.process_count() > 1:
+    beside = "the embedded engine" if isinstance(c.engine, EmbeddedConfig) else "reward.model" if c.reward.model else ""
+    if c.grpo and c.grpo.max_staleness and beside and jax.process_count() > 1:
         raise ConfigError(
-            f"grpo.max_staleness={c.grpo.max_staleness}: the embedded engine cannot sample beside updates in a run of "
-            f"{jax.process_count()} processes, whose programs must run in one order; use 0, one process, or vLLM servers"
+            f"grpo.max_staleness={c.grpo.max_staleness}: {beside} cannot run beside updates in a run of "
+            f"{jax.process_count()} processes, whose programs must run in one order; use 0, one process, or servers"
         )
     spec = model_spec(c.model)
     tokenizer = load_tokenizer(tokenizer_source(c.model))
@@ -122,10 +126,9 @@ def build_model(c: RunConfig, *, spec: ModelSpec, mesh: Mesh) -> Model:
     """The architecture with its kernels on a mesh. Raises ConfigError naming a dimension that the mesh does not divide."""
     model = Model(spec, Compute(select_ops(c.ops, mesh=mesh), jnp.dtype(c.model.compute_dtype), c.model.remat))
     model.abstract_params(dtype=jnp.dtype(c.model.param_dtype))
-    for name in STAGES:
-        if stage := getattr(c, name):
-            rows = (stage.pack.microbatch_rows, stage.pack.row_tokens)
-            check_divisible(mesh, name=f"{name}.pack", shape=rows, logical=("batch", "positions"))
+    for name, stage in stages_of(c):
+        rows = (stage.pack.microbatch_rows, stage.pack.row_tokens)
+        check_divisible(mesh, name=f"{name}.pack", shape=rows, logical=("batch", "positions"))
     return model
 
 
@@ -134,6 +137,24 @@ def initial_params(b: Built) -> Any:
     if b.config.model.source == "random":
         return b.model.init_params(jax.random.fold_in(b.key, KEY_INIT), dtype=b.param_dtype)
     return load_weights(b.config.model.source, spec=b.model.spec, dtype=b.param_dtype, shardings=b.model.shardings())
+
+
+def build_scores(b: Built, inner: Any) -> Any:
+    """`inner`, and the config's reward model where it has one. Raises ConfigError for a folder without, or other tokens."""
+    c = b.config.reward.model
+    if c is None:
+        return inner
+    num_scores, spec = read_num_scores(c.source), read_spec(c.source)
+    if load_tokenizer(c.source).backend.get_vocab() != b.tokenizer.backend.get_vocab():
+        raise ConfigError(
+            f"reward.model.source={c.source}: its tokenizer is not the policy's; train one over these tokens"
+        )
+    if c.weights and len(c.weights) != num_scores:
+        raise ConfigError(f"reward.model.weights has {len(c.weights)} numbers, the model {num_scores} scores")
+    model = RewardModel(dataclasses.replace(b.model, spec=spec), num_scores)
+    where = jax.tree.map(lambda x: x.sharding, model.abstract_params(dtype=b.param_dtype))
+    params = load_weights(c.source, spec=spec, dtype=b.model.compute.dtype, shardings=where)
+    return ModelScores(inner, model=model, params=params, c=c)
 
 
 def build_engine(b: Built, *, note: Callable[[str], None]) -> tuple[RolloutEngine, Publisher | None]:

@@ -18,7 +18,8 @@ import tyro
 
 from lnjax.errors import ConfigError
 from lnjax.proxy import proxy
-from lnjax.schema import STAGES, RunConfig, VllmConfig
+from lnjax.schema import RunConfig, VllmConfig
+from lnjax.stages import check_stages
 
 MARKS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
 FREE_ON_RESUME = (
@@ -247,7 +248,7 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def validate(c: RunConfig) -> None:
     """Arithmetic that must close before anything is built. Raises ConfigError naming the keys."""
-    _validate_stages(c)
+    check_stages(c)
     if c.model.source == "random" and c.model.tokenizer == "same":
         raise ConfigError("model.source=random brings no tokenizer; set model.tokenizer")
     _positive(c, {"engine.max_len", "reward.num_workers", "reward.deadline_s", "checkpoint.keep"})
@@ -268,6 +269,12 @@ def validate(c: RunConfig) -> None:
         _positive(c, {"sft.steps", "sft.batch_rows", "sft.pack.row_tokens", "sft.pack.microbatch_rows"})
         _positive(c, {"sft.pack.max_segments", "sft.optimizer.learning_rate"})
         _divides("sft.pack.microbatch_rows", c.sft.pack.microbatch_rows, "sft.batch_rows", c.sft.batch_rows)
+    for name in ("preference", "reward_model"):
+        if getattr(c, name):
+            keys = ("steps", "batch_size", "pack.row_tokens", "pack.microbatch_rows", "optimizer.learning_rate")
+            _positive(c, {f"{name}.{key}" for key in keys})
+    if c.preference:
+        _positive(c, {"preference.beta", "preference.eta"})
     if c.grpo:
         _validate_grpo(c)
     if c.eval:
@@ -276,22 +283,6 @@ def validate(c: RunConfig) -> None:
             raise ConfigError("eval.prompts.num_prompts must be at least 1: how many held-out prompts are scored")
         _fits_engine(c, "eval", c.eval.prompts.max_prompt_tokens + c.eval.sampling.max_new_tokens)
         _sampling("eval.sampling", c.eval.sampling)
-
-
-def _validate_stages(c: RunConfig) -> None:
-    present = [name for name in STAGES if getattr(c, name) is not None]
-    if not present:
-        raise ConfigError(f"the config has none of {', '.join(STAGES)}; a run needs a stage")
-    order = list(c.stages) or present
-    if sorted(order) != sorted(present) or "reward_model" in order[:-1]:
-        raise ConfigError(f"stages={order}: expected each of {present} once, reward_model last")
-    if c.reward_model and c.checkpoint.export_hf:
-        raise ConfigError("checkpoint.export_hf must be False: a reward model is read from its run folder")
-    for name in set(present) & {"preference", "reward_model"}:
-        keys = ("steps", "batch_size", "pack.row_tokens", "pack.microbatch_rows", "pack.max_segments")
-        _positive(c, {f"{name}.{key}" for key in (*keys, "optimizer.learning_rate")})
-    if c.preference:
-        _positive(c, {"preference.beta", "preference.eta"})
 
 
 def _validate_vllm(c: RunConfig, e: VllmConfig) -> None:

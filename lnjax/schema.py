@@ -345,7 +345,3 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
     """Deadlines between processes."""
-
-
-STAGES = ("sft", "preference", "grpo", "reward_model")
-"""Sections of a RunConfig that train."""

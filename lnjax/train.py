@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lnjax import grpo, preference, sft
 from lnjax.alive import Notice, Watchdog
-from lnjax.build import Built, Resources, build, build_engine, initial_params
+from lnjax.build import Built, Resources, build, build_engine, build_scores, initial_params
 from lnjax.checkpoint.hf import save_hf
 from lnjax.checkpoint.store import Checkpoints
 from lnjax.config import check_run_dir, config_hash, save_config
@@ -23,15 +23,11 @@ from lnjax.models.hf import hf_config
 from lnjax.report import plot_run
 from lnjax.rewards.first import FirstScores
 from lnjax.rewards.pool import build_reward
-from lnjax.schema import STAGES, RunConfig
+from lnjax.schema import RunConfig
 from lnjax.stage import Position, Stage
+from lnjax.stages import stages_of
 
 LOOPS: dict[str, Any] = {"sft": sft, "preference": preference, "grpo": grpo, "reward_model": preference}
-
-
-def stages_of(c: RunConfig) -> list[tuple[str, Any]]:
-    """(name, config) of the stages the run has, in order."""
-    return [(name, getattr(c, name)) for name in c.stages or STAGES if getattr(c, name) is not None]
 
 
 def check(c: RunConfig, run_dir: Path) -> str:
@@ -83,6 +79,7 @@ def run(c: RunConfig, run_dir: Path, *, watchdog: Watchdog, notice: Notice) -> d
         if first:
             pool.start()
         reward = pool if jax.process_count() == 1 else FirstScores(pool, deadline_s=c.cluster.step_deadline_s)
+        reward = build_scores(b, reward)
         engine, publisher = build_engine(b, note=log.note)
         stack.callback(engine.close)
         if saved:
