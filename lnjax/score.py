@@ -33,13 +33,15 @@ class ModelScores:
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         mine = [i for i, x in enumerate(requests) if x.verifier == REWARD_MODEL and x.finished]
         asked = list(requests)
-        for i, score in zip(mine, self.raw([requests[i].token_ids for i in mine]) if mine else (), strict=True):
+        for i, score in zip(mine, self.raw([requests[i].token_ids for i in mine]), strict=True):
             parts = {"accuracy": 0.5 + 0.5 * math.tanh(score / 2), "score": score}
             asked[i] = dataclasses.replace(requests[i], args={"parts": parts})
         return self._inner.score(asked)
 
     def raw(self, sequences: Sequence[tuple[int, ...]]) -> list[float]:
         """The weighted score of each sequence, at its last token."""
+        if not sequences:
+            return []
         none = (0.0,) * len(self._weights)
         alone = [Comparison((Sample(ids, (0,) * len(ids)),), (none,)) for ids in sequences]
         batches, where = pack_comparisons(alone, c=self._c.pack)

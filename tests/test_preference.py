@@ -16,12 +16,12 @@ from lnjax.convert import main as convert
 from lnjax.data.preferences import RATINGS, arithmetic_pairs, build_comparisons, pack_comparisons
 from lnjax.data.tokenizer import load_tokenizer
 from lnjax.errors import DataError, WeightsError
-from lnjax.launch import main
 from lnjax.learn.preference import bradley_terry_loss, preference_loss, regression_loss, rpo_distance
 from lnjax.models.reward import RewardModel
 from lnjax.schema import OptimizerConfig, PackConfig, PreferenceConfig, PreferenceDataConfig
 from lnjax.types import PackedBatch, PreferenceBatch
 from tests.specs import llama, nemotron
+from tests.test_train import run
 
 
 def close(a, b, tol=1e-6):
@@ -224,7 +224,7 @@ def test_a_reward_model_reads_the_last_token_whatever_else_is_in_the_row(make_mo
 
 def small(*more):
     words = ["--sft.steps", "4", "--sft.data.num_examples", "200", "--eval.prompts.num_prompts", "8"]
-    return [*words, "--mesh.data", "8", *more]
+    return [*words, *more]
 
 
 def lines_of(folder, stage):
@@ -233,23 +233,23 @@ def lines_of(folder, stage):
 
 
 def test_dpo_begins_at_ln_2_lowers_its_loss_and_resumes_where_it_was(tmp_path):
-    def run(name, steps):
+    def train(name, steps):
         words = small("--preference.steps", str(steps), "--preference.data.num_comparisons", "100")
-        assert main(["--config", "tiny_dpo", "--run-dir", str(tmp_path / name), *words]) == 0
+        run("--config", "tiny_dpo", "--run-dir", tmp_path / name, *words)
         return lines_of(tmp_path / name, "preference")
 
-    whole = run("whole", 8)
+    whole = train("whole", 8)
     assert abs(whole[0]["loss"] - math.log(2)) < 1e-5
     assert whole[-1]["loss"] < 0.68
     assert whole[-1]["accuracy"] > 0.6
-    assert run("parts", 4) == whole[:4]
-    assert run("parts", 8) == whole
+    assert train("parts", 4) == whole[:4]
+    assert train("parts", 8) == whole
 
 
 def test_a_reward_model_learns_is_measured_and_scores_the_rollouts_of_another_run(tmp_path):
     words = small("--reward_model.steps", "30", "--reward_model.data.num_comparisons", "300")
     judge = tmp_path / "judge"
-    assert main(["--config", "tiny_reward_model", "--run-dir", str(judge), *words]) == 0
+    run("--config", "tiny_reward_model", "--run-dir", judge, *words)
     losses = [x["loss"] for x in lines_of(judge, "reward_model")]
     assert abs(losses[0] - math.log(2)) < 1e-6
     assert losses[-1] < 0.65
@@ -266,7 +266,7 @@ def test_a_reward_model_learns_is_measured_and_scores_the_rollouts_of_another_ru
         "    return dataclasses.replace(base, name='judged', preference=None, grpo=grpo,\n"
         "        reward=RewardConfig(num_workers=1, model=scorer))\n"
     )
-    assert main(["--config", str(config), "--run-dir", str(tmp_path / "judged"), *small()]) == 0
+    run("--config", config, "--run-dir", tmp_path / "judged", *small())
     (line,) = lines_of(tmp_path / "judged", "grpo")
     assert math.isfinite(line["score"])
     assert 0 <= line["reward"] <= 1

@@ -25,19 +25,17 @@ def merge(first: Path, second: Path, target: Path, *, weight: float, dtype: np.d
     if target.exists():
         raise CheckpointError(f"{target} exists; choose another folder or remove it")
     one, other = SafetensorsFolder(first), SafetensorsFolder(second)
-    names, others = set(one.names()), set(other.names())
-    for name in sorted(names ^ others):
-        raise WeightsError(f"tensor {name} is in {first if name in names else second} alone; merge equal architectures")
-    for name in sorted(names):
-        if one.shape(name) != other.shape(name):
-            shapes = f"{list(one.shape(name))} in {first} and {list(other.shape(name))} in {second}"
-            raise WeightsError(f"tensor {name} is {shapes}; merge equal architectures")
+    shapes, others = ({name: x.shape(name) for name in x.names()} for x in (one, other))
+    for name in sorted(shapes.keys() | others.keys()):
+        a, b = (list(x[name]) if name in x else "missing" for x in (shapes, others))
+        if a != b:
+            raise WeightsError(f"tensor {name} is {a} in {first} and {b} in {second}; merge equal architectures")
     if read_spec(str(first)) != read_spec(str(second)):
         raise WeightsError(
             f"{first} and {second} have the same tensors but another config.json; merge equal architectures"
         )
     files: dict[str, list[str]] = defaultdict(list)
-    for name in one.names():
+    for name in shapes:
         files[Path(one.where(name)).name].append(name)
     temporary = target.with_name(target.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -45,7 +43,7 @@ def merge(first: Path, second: Path, target: Path, *, weight: float, dtype: np.d
         shutil.copytree(first, temporary, ignore=shutil.ignore_patterns("*.safetensors", INDEX))
         config = json.loads((first / "config.json").read_text(encoding="utf-8")) | {"torch_dtype": str(dtype)}
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        with progress(f"merging into {target.name}", total=len(names), unit="tensors") as advance:
+        with progress(f"merging into {target.name}", total=len(shapes), unit="tensors") as advance:
 
             def mixed(name: str) -> tuple[str, np.ndarray]:
                 a, b = (x.read(name, ()).astype(np.float32) for x in (one, other))
@@ -53,8 +51,8 @@ def merge(first: Path, second: Path, target: Path, *, weight: float, dtype: np.d
                 return name, (np.float32(1 - weight) * a + np.float32(weight) * b).astype(dtype)
 
             for file, inside in files.items():
-                shapes = {name: one.shape(name) for name in inside}
-                write_safetensors(temporary / file, shapes=shapes, dtype=dtype, tensors=map(mixed, inside))
+                part = {name: shapes[name] for name in inside}
+                write_safetensors(temporary / file, shapes=part, dtype=dtype, tensors=map(mixed, inside))
         if len(files) > 1:
             index = {"metadata": {}, "weight_map": {name: file for file, inside in files.items() for name in inside}}
             (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

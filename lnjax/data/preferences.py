@@ -32,6 +32,7 @@ TURN = re.compile(r"\n*<extra_id_1>(?:Assistant|User)\n")
 """Between the turns of a HelpSteer2 prompt; the user begins and ends."""
 Answer = tuple[Any, tuple[float, ...]]
 """(text, scores)."""
+Batches = tuple[list[PreferenceBatch], list[tuple[int, int]]]
 
 
 def build_comparisons(
@@ -48,13 +49,12 @@ def build_comparisons(
         raise ConfigError(f"unknown source of preferences {c.source!r}; use `arithmetic` or a .jsonl file")
     found = []
     with progress(f"comparisons of {c.source}", total=c.num_comparisons, unit="comparisons") as advance:
-        for where, messages, answers in itertools.islice(
-            _judged(rows, regression=regression), c.num_comparisons or None
-        ):
+        judged = itertools.islice(_judged(rows, regression=regression), c.num_comparisons or None)
+        for where, messages, answers in judged:
             samples = tuple(supervised(tokenizer, messages, answer=text, where=where) for text, _ in answers)
             shared = shared_tokens(samples)
             size = sum(len(s.token_ids) - shared for s in samples) + shared
-            if size > max_tokens:
+            if size > max_tokens or (len(samples) > 1 and not shared):
                 raise DataError(f"{where}: {size} tokens, but a packed row holds {max_tokens}; raise pack.row_tokens")
             found.append(Comparison(samples, tuple(scores for _, scores in answers)))
             advance(1)
@@ -63,20 +63,18 @@ def build_comparisons(
     return ShuffledStream(found, seed=seed)
 
 
-def pack_comparisons(
-    comparisons: Sequence[Comparison], *, c: PackConfig
-) -> tuple[list[PreferenceBatch], list[tuple[int, int]]]:
+def pack_comparisons(comparisons: Sequence[Comparison], *, c: PackConfig) -> Batches:
     """(microbatches as host arrays, (row, place) of each comparison). All have the same number of answers and scores."""
     packing = pack([x.samples for x in comparisons], c=c)
     num_answers, num_scores = len(comparisons[0].samples), len(comparisons[0].scores[0])
     shape = (packing.num_rows, c.max_segments, num_answers)
-    last, scores = np.zeros(shape, np.int32), np.zeros((*shape, num_scores), np.float32)
-    real, where, numbers = np.zeros(shape[:2], np.float32), [], []
+    last: Any = np.zeros(shape, np.int32)
+    scores: Any = np.zeros((*shape, num_scores), np.float32)
+    real: Any = np.zeros(shape[:2], np.float32)
+    where, numbers = [], []
     for i, comparison in enumerate(comparisons):
         places = packing.places[i * num_answers : (i + 1) * num_answers]
         at = (places[0].row, places[0].segment - 1)
-        if any((p.row, p.segment - 1) != at for p in places):
-            raise DataError("the answers of a comparison do not fit one packed row; raise pack.row_tokens")
         where.append(at)
         real[at], scores[at] = 1.0, comparison.scores
         last[at] = [p.columns[-1] for p in places]
@@ -85,10 +83,10 @@ def pack_comparisons(
     batch = PreferenceBatch(
         packed=packed,
         answer_BT=packing.scatter(numbers, masked=True).astype(np.int32),
-        last_BPK=last,  # pyright: ignore[reportArgumentType]
-        scores_BPKA=scores,  # pyright: ignore[reportArgumentType]
-        real_BP=real,  # pyright: ignore[reportArgumentType]
-        ref_logprobs_BT=np.zeros_like(packed.loss_mask_BT),  # pyright: ignore[reportArgumentType]
+        last_BPK=last,
+        scores_BPKA=scores,
+        real_BP=real,
+        ref_logprobs_BT=packing.scatter([0.0] * len(numbers)),
     )
     return microbatches(batch, rows=c.microbatch_rows), where
 
