@@ -3,8 +3,8 @@
 Kept: the model's pattern of absent, equal and fused blocks, the mesh axes, the stages, sampling, advantages and loss, updates
 per rollout, the curriculum, the format reward and, where there is one, the judge over HTTP. Replaced: widths, weights
 (random), tokenizer and data (generated arithmetic or instructions), the fleet (by the engine in this process), batch sizes,
-lengths, steps and learning rates. A run of GRPO alone gets a short SFT stage, in place of the checkpoint that it starts from. Preference and reward-model stages are left out.
-Every number below is chosen, for minutes on two CPU cores.
+lengths, steps and learning rates. A run of GRPO alone gets a short SFT stage, in place of the checkpoint that it starts from;
+preference and reward-model stages are left out. Every number below is chosen, for minutes on two CPU cores.
 """
 
 import dataclasses
