@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from lnjax.checkpoint.load import load_weights, read_spec
+from lnjax.checkpoint.load import load_weights, read_num_scores, read_spec
 from lnjax.checkpoint.publish import Publisher
 from lnjax.data.tokenizer import Tokenizer, load_tokenizer
 from lnjax.errors import ConfigError
@@ -19,12 +19,15 @@ from lnjax.mesh import check_divisible, make_mesh
 from lnjax.metrics import MetricsLog
 from lnjax.models.decoder import Compute, Model
 from lnjax.models.hf import hf_config
+from lnjax.models.reward import RewardModel
 from lnjax.ops.cudnn import MAX_DOCUMENTS
 from lnjax.ops.select import check_ops, select_ops
 from lnjax.rollout.embedded import EmbeddedEngine
 from lnjax.rollout.first import FirstEngine
 from lnjax.rollout.vllm import VllmEngine
-from lnjax.schema import BlockSpec, EmbeddedConfig, ModelConfig, ModelSpec, RunConfig, SamplingConfig
+from lnjax.schema import BlockSpec, EmbeddedConfig, ModelConfig, ModelSpec, PackConfig, RunConfig, SamplingConfig
+from lnjax.score import ModelScores
+from lnjax.stages import stages_of
 from lnjax.types import RolloutEngine, SamplingParams
 
 
@@ -104,10 +107,11 @@ def _differ(wanted: Sequence[BlockSpec], got: Sequence[BlockSpec]) -> str:
 def build(c: RunConfig, run_dir: Path) -> Built:
     """Mesh, kernels, architecture, tokenizer. Reads no weights."""
     mesh = make_mesh(c.mesh)
-    if c.grpo and c.grpo.max_staleness and isinstance(c.engine, EmbeddedConfig) and jax.process_count() > 1:
+    beside = "the embedded engine" if isinstance(c.engine, EmbeddedConfig) else "reward.model" if c.reward.model else ""
+    if c.grpo and c.grpo.max_staleness and beside and jax.process_count() > 1:
         raise ConfigError(
-            f"grpo.max_staleness={c.grpo.max_staleness}: the embedded engine cannot sample beside updates in a run of "
-            f"{jax.process_count()} processes, whose programs must run in one order; use 0, one process, or vLLM servers"
+            f"grpo.max_staleness={c.grpo.max_staleness}: {beside} cannot run beside updates in a run of "
+            f"{jax.process_count()} processes, whose programs must run in one order; use 0, one process, or servers"
         )
     check_ops(c.ops)
     spec = model_spec(c.model)
@@ -124,17 +128,22 @@ def build_model(c: RunConfig, *, spec: ModelSpec, mesh: Mesh) -> Model:
     """The architecture with its kernels on a mesh. Raises ConfigError naming a dimension that the mesh does not divide."""
     model = Model(spec, Compute(select_ops(c.ops, mesh=mesh), jnp.dtype(c.model.compute_dtype), c.model.remat))
     model.abstract_params(dtype=jnp.dtype(c.model.param_dtype))
-    for name in ("sft", "grpo"):
-        if stage := getattr(c, name):
-            rows = (stage.pack.microbatch_rows, stage.pack.row_tokens)
-            check_divisible(mesh, name=f"{name}.pack", shape=rows, logical=("batch", "positions"))
-            if c.ops.attention == "cudnn" and (name != "sft" and stage.pack.share_prompts):
-                raise ConfigError(f"ops.attention=cudnn knows no shared prompts; use --{name}.pack.share-prompts false")
-            if c.ops.attention == "cudnn" and stage.pack.max_segments > MAX_DOCUMENTS:
-                raise ConfigError(
-                    f"ops.attention=cudnn takes {MAX_DOCUMENTS} sequences a row; use --{name}.pack.max-segments {MAX_DOCUMENTS}"
-                )
+    for name, stage in stages_of(c):
+        rows = (stage.pack.microbatch_rows, stage.pack.row_tokens)
+        check_divisible(mesh, name=f"{name}.pack", shape=rows, logical=("batch", "positions"))
+        if c.ops.attention == "cudnn":
+            _check_cudnn_rows(name, stage.pack)
     return model
+
+
+def _check_cudnn_rows(stage: str, c: PackConfig) -> None:
+    if stage != "sft" and (stage != "grpo" or c.share_prompts):
+        way = "use --grpo.pack.share-prompts false" if stage == "grpo" else "use --ops.attention xla"
+        raise ConfigError(f"ops.attention=cudnn knows no shared prompts, which the rows of {stage} have; {way}")
+    if c.max_segments > MAX_DOCUMENTS:
+        raise ConfigError(
+            f"ops.attention=cudnn takes {MAX_DOCUMENTS} sequences a row; use --{stage}.pack.max-segments {MAX_DOCUMENTS}"
+        )
 
 
 def initial_params(b: Built) -> Any:
@@ -142,6 +151,24 @@ def initial_params(b: Built) -> Any:
     if b.config.model.source == "random":
         return b.model.init_params(jax.random.fold_in(b.key, KEY_INIT), dtype=b.param_dtype)
     return load_weights(b.config.model.source, spec=b.model.spec, dtype=b.param_dtype, shardings=b.model.shardings())
+
+
+def build_scores(b: Built, inner: Any) -> Any:
+    """`inner`, and the config's reward model where it has one. Raises ConfigError for a folder without, or other tokens."""
+    c = b.config.reward.model
+    if c is None:
+        return inner
+    num_scores, spec = read_num_scores(c.source), read_spec(c.source)
+    if load_tokenizer(c.source).backend.get_vocab() != b.tokenizer.backend.get_vocab():
+        raise ConfigError(
+            f"reward.model.source={c.source}: its tokenizer is not the policy's; train one over these tokens"
+        )
+    if c.weights and len(c.weights) != num_scores:
+        raise ConfigError(f"reward.model.weights has {len(c.weights)} numbers, the model {num_scores} scores")
+    model = RewardModel(dataclasses.replace(b.model, spec=spec), num_scores)
+    where = jax.tree.map(lambda x: x.sharding, model.abstract_params(dtype=b.param_dtype))
+    params = load_weights(c.source, spec=spec, dtype=b.model.compute.dtype, shardings=where)
+    return ModelScores(inner, model=model, params=params, c=c)
 
 
 def build_engine(b: Built, *, note: Callable[[str], None]) -> tuple[RolloutEngine, Publisher | None]:

@@ -19,10 +19,19 @@ import tyro
 from lnjax.errors import ConfigError
 from lnjax.proxy import proxy
 from lnjax.schema import RunConfig, VllmConfig
+from lnjax.stages import check_stages
 
 MARKS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
 FREE_ON_RESUME = (
-    *("sft.steps", "grpo.steps", "checkpoint.every", "checkpoint.keep", "checkpoint.export_hf"),
+    *(
+        "sft.steps",
+        "preference.steps",
+        "grpo.steps",
+        "reward_model.steps",
+        "checkpoint.every",
+        "checkpoint.keep",
+        "checkpoint.export_hf",
+    ),
     *("mesh.data", "mesh.fsdp", "mesh.tensor"),  # a checkpoint restores on any mesh
     *("cluster.start_deadline_s", "cluster.heartbeat_s", "cluster.step_deadline_s"),
 )
@@ -239,8 +248,7 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def validate(c: RunConfig) -> None:
     """Arithmetic that must close before anything is built. Raises ConfigError naming the keys."""
-    if c.sft is None and c.grpo is None:
-        raise ConfigError("the config has neither sft nor grpo; a run needs a stage")
+    check_stages(c)
     if c.model.source == "random" and c.model.tokenizer == "same":
         raise ConfigError("model.source=random brings no tokenizer; set model.tokenizer")
     _positive(c, {"engine.max_len", "reward.num_workers", "reward.deadline_s", "checkpoint.keep"})
@@ -261,6 +269,12 @@ def validate(c: RunConfig) -> None:
         _positive(c, {"sft.steps", "sft.batch_rows", "sft.pack.row_tokens", "sft.pack.microbatch_rows"})
         _positive(c, {"sft.pack.max_segments", "sft.optimizer.learning_rate"})
         _divides("sft.pack.microbatch_rows", c.sft.pack.microbatch_rows, "sft.batch_rows", c.sft.batch_rows)
+    for name in ("preference", "reward_model"):
+        if getattr(c, name):
+            keys = ("steps", "batch_size", "pack.row_tokens", "pack.microbatch_rows", "optimizer.learning_rate")
+            _positive(c, {f"{name}.{key}" for key in keys})
+    if c.preference:
+        _positive(c, {"preference.beta", "preference.eta"})
     if c.grpo:
         _validate_grpo(c)
     if c.eval:

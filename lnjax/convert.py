@@ -4,6 +4,8 @@
   gguf   a .gguf file, or package:NAME/FILE.gguf -> a folder in Hugging Face format
   orbax  lnjax weights or a run's folder -> a folder in Hugging Face format
 
+python -m lnjax.convert merge A B OUT --weight W      (1 - W) x A + W x B; folders in Hugging Face format
+
 Options: --dtype bfloat16|float32 (of what is written; default bfloat16)."""
 
 import os
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 
 from lnjax.checkpoint.hf import save_hf
 from lnjax.checkpoint.load import load_weights, read_spec
+from lnjax.checkpoint.merge import merge
 from lnjax.checkpoint.store import Checkpoints, find_checkpoints
 from lnjax.data.tokenizer import load_tokenizer
 from lnjax.errors import CheckpointError, ConfigError, LnjaxError
@@ -59,19 +62,43 @@ def convert(kind: str, source: str, target: Path, *, dtype: str) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _merge(words: list[str], *, dtype: str) -> None:
+    given = _option(words, "--weight")
+    try:
+        weight = float(given)
+    except ValueError as error:
+        raise ConfigError(
+            f"--weight {given!r}: expected a number from 0 to 1, the share of the second model"
+        ) from error
+    if len(words) != 3:
+        raise ConfigError(f"expected merge A B OUT --weight W, got {words}; --help explains")
+    a, b = (resolve_source(x) for x in words[:2])
+    merge(a, b, Path(words[2]), weight=weight, dtype=jnp.dtype(dtype))
+    print(f"wrote {words[2]}")
+
+
+def _option(words: list[str], name: str) -> str:
+    """The value after `name`, both taken out of `words`; empty where it is not there."""
+    if name not in words:
+        return ""
+    place = words.index(name)
+    value = "".join(words[place + 1 : place + 2])
+    del words[place : place + 2]
+    return value
+
+
 def main(argv: Sequence[str]) -> int:
     words = list(argv)
     if "-h" in words or "--help" in words:
         print(__doc__)
         return 0
     try:
-        dtype = "bfloat16"
-        if "--dtype" in words:
-            place = words.index("--dtype")
-            dtype = "".join(words[place + 1 : place + 2])
-            del words[place : place + 2]
+        dtype = _option(words, "--dtype") or "bfloat16"
         if dtype not in DTYPES:
             raise ConfigError(f"--dtype {dtype!r}: expected one of {DTYPES}")
+        if words[:1] == ["merge"]:
+            _merge(words[1:], dtype=dtype)
+            return 0
         if len(words) != 3 or words[0] not in KINDS:
             raise ConfigError(f"expected KIND IN OUT with KIND one of {KINDS}, got {words}; --help explains")
         convert(words[0], words[1], Path(words[2]), dtype=dtype)

@@ -24,11 +24,11 @@ def server_gpus(c: RunConfig) -> int:
 
 
 def state_bytes(c: RunConfig) -> int:
-    """Parameters, AdamW's two moments, gradients, and GRPO's reference, over all devices; 0 where the config has no spec."""
+    """Parameters, AdamW's two moments, gradients, and a reference, over all devices; 0 where the config has no spec."""
     if c.model.spec is None:
         return 0
     count = sum(math.prod(entry.shape) for entry in tensor_map(c.model.spec))
-    copies = 4 + bool(c.grpo and c.grpo.loss.kl_coef > 0)
+    copies = 4 + bool(c.preference or (c.grpo and c.grpo.loss.kl_coef > 0))
     return count * copies * (4 if c.model.param_dtype == "float32" else 2)
 
 

@@ -3,14 +3,15 @@
 Kept: the model's pattern of absent, equal and fused blocks, the mesh axes, the stages, sampling, advantages and loss, updates
 per rollout, the curriculum, the format reward and, where there is one, the judge over HTTP. Replaced: widths, weights
 (random), tokenizer and data (generated arithmetic or instructions), the fleet (by the engine in this process), batch sizes,
-lengths, steps and learning rates. A run of GRPO alone gets a short SFT stage, in place of the checkpoint that it starts from.
-Every number below is chosen, for minutes on two CPU cores.
+lengths, steps and learning rates. A run of GRPO alone gets a short SFT stage, in place of the checkpoint that it starts from;
+preference and reward-model stages are left out. Every number below is chosen, for minutes on two CPU cores.
 """
 
 import dataclasses
 import math
 from dataclasses import replace
 
+from lnjax.errors import ConfigError
 from lnjax.schema import (
     AttentionSpec,
     CheckpointConfig,
@@ -70,6 +71,9 @@ def proxy(c: RunConfig) -> RunConfig:
         engine=engine,
         reward=replace(c.reward, num_workers=1, judge=judge),
         sft=_sft(c, mesh=mesh),
+        preference=None,
+        reward_model=None,
+        stages=(),
         grpo=_grpo(c.grpo, source=source, mesh=mesh) if c.grpo else None,
         eval=held_out,
         checkpoint=CheckpointConfig(every=STEPS // 2, keep=1),
@@ -127,7 +131,10 @@ def _prompts(c: PromptConfig, *, source: str, num_prompts: int) -> PromptConfig:
 def _sft(c: RunConfig, *, mesh: MeshConfig) -> SftConfig:
     """The SFT stage, small; or the one that stands for a checkpoint."""
     given = c.sft or c.grpo
-    assert given
+    if given is None:
+        raise ConfigError(
+            f"{c.name} has neither an sft nor a grpo stage, and others have no proxy; see configs/tiny_rpo.py"
+        )
     pack = _pack(given.pack, source="arithmetic", mesh=mesh)
     steps = STEPS if c.sft else SFT_STEPS
     return SftConfig(

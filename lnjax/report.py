@@ -14,14 +14,24 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 INK, BLUE, ORANGE, GREY = "#222222", "#2a6fbb", "#d9772b", "#9aa3ad"
-TITLES = {"init": "untrained", "sft": "after SFT", "grpo": "after GRPO"}
+TITLES = {"init": "untrained", "sft": "after SFT", "grpo": "after GRPO"} | {
+    "preference": "after preferences",
+    "reward_model": "reward model",
+}
+CURVES = {
+    "sft": ("loss", "SFT: loss (nats per token)", BLUE),
+    "preference": ("loss", "Preferences: loss (nats per pair)", ORANGE),
+    "grpo": ("reward", "GRPO: mean reward of rollouts", ORANGE),
+    "reward_model": ("loss", "Reward model: loss", BLUE),
+}
+"""What is drawn of each stage: key, title, color."""
 Lines = Sequence[Mapping[str, Any]]
 
 
 def plot_run(run_dir: Path) -> Path:
     """Draw RUN_DIR/curve.png. Raises DataError without metrics."""
     lines = _read(run_dir / "metrics.jsonl")
-    stages = [s for s in ("sft", "grpo") if any(x["stage"] == s for x in lines)]
+    stages = [s for s in CURVES if any(x["stage"] == s for x in lines)]
     evals = [x for x in lines if x["stage"] == "eval"]
     panels = len(stages) + bool(evals)
     with plt.rc_context(
@@ -30,13 +40,11 @@ def plot_run(run_dir: Path) -> Path:
         figure, axes = plt.subplots(1, panels, figsize=(4.2 * panels, 3.2), squeeze=False, layout="constrained")
         for axis, stage in zip(axes[0], stages, strict=False):
             rows = [x for x in lines if x["stage"] == stage]
-            if stage == "sft":
-                _curve(axis, rows, key="loss", color=BLUE)
-                axis.set(title="SFT: loss (nats per token)", xlabel="step")
+            key, title, color = CURVES[stage]
+            _curve(axis, rows, key=key, color=color)
+            axis.set(title=title, xlabel="step")
+            if key == "loss":
                 axis.set_ylim(bottom=0)
-            else:
-                _curve(axis, rows, key="reward", color=ORANGE)
-                axis.set(title="GRPO: mean reward of rollouts", xlabel="step")
         if evals:
             _bars(axes[0][-1], evals)
         target = run_dir / "curve.png"

@@ -15,6 +15,12 @@ from lnjax.architecture import FfnSpec as FfnSpec
 from lnjax.architecture import ModelSpec as ModelSpec
 from lnjax.architecture import RopeSpec as RopeSpec
 from lnjax.architecture import uniform_blocks as uniform_blocks
+from lnjax.training import OptimizerConfig as OptimizerConfig
+from lnjax.training import PackConfig as PackConfig
+from lnjax.training import PreferenceConfig as PreferenceConfig
+from lnjax.training import PreferenceDataConfig as PreferenceDataConfig
+from lnjax.training import RewardModelConfig as RewardModelConfig
+from lnjax.training import ScorerConfig as ScorerConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,42 +62,6 @@ class OpsConfig:
     bfloat16), which knows no shared prompts (pack.share_prompts) and no mesh.context."""
     head: Literal["xla"] = "xla"
     """Logprob and cross-entropy kernel: blocks of vocabulary, hand-written backward."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019) with linear warm-up."""
-
-    learning_rate: float
-    """Peak."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """After warm-up."""
-    min_learning_rate: float = 0.0
-    """Where cosine ends."""
-    warmup_steps: int = 0
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    """Decoupled; applied to matrices, not to norms."""
-    clip_norm: float = 1.0
-    """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
-    spike_factor: float = 0.0
-    """Skip an update whose gradient norm exceeds this many times its running mean; 0 skips only non-finite ones."""
-    max_skipped_in_a_row: int = 5
-    """Stop the run after this many skipped updates without a good one between."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PackConfig:
-    row_tokens: int
-    """T: tokens in a packed row. The longest sequence must fit."""
-    microbatch_rows: int
-    """Rows of one forward and backward pass, over all devices."""
-    max_segments: int = 64
-    """Most sequences in one row."""
-    share_prompts: bool = True
-    """Completions of one prompt stand behind one copy of it in a row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,6 +173,8 @@ class RewardConfig:
     """`think` multiplies by the think-tag check: reasoning on needs exactly one <think>…</think>, off none."""
     judge: JudgeConfig | None = None
     """Behind the verifier `judge`; None where no prompt asks for it."""
+    model: ScorerConfig | None = None
+    """Behind the verifier `reward_model`; None where no prompt asks for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -351,7 +323,7 @@ class ClusterConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """One run: a model, then its training stages in order (SFT, GRPO)."""
+    """One run: a model, then its training stages in order."""
 
     name: str
     seed: int = 0
@@ -364,9 +336,12 @@ class RunConfig:
     reward: RewardConfig = RewardConfig()
     """What scores, for GRPO and for evaluation."""
     sft: SftConfig | None = None
-    """First stage, where present."""
+    preference: PreferenceConfig | None = None
     grpo: GrpoConfig | None = None
-    """Second stage, where present."""
+    reward_model: RewardModelConfig | None = None
+    """Makes another model of the policy, so it is the last stage."""
+    stages: tuple[str, ...] = ()
+    """Their order; empty: those that are there, in the order above."""
     eval: EvalConfig | None = None
     """Held-out evaluation before the first stage and after each."""
     checkpoint: CheckpointConfig = CheckpointConfig()

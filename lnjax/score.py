@@ -1,11 +1,53 @@
-"""Completions to scored groups: tokens in, rewards out."""
+"""Completions to scored groups: tokens in, rewards out; and a reward model's scores among the verifiers'."""
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import numpy as np
+
+from lnjax.data.preferences import pack_comparisons
 from lnjax.data.tokenizer import Tokenizer
+from lnjax.mesh import fetch, put_rows
+from lnjax.models.reward import RewardModel
 from lnjax.rewards.protocol import ScoreRequest
-from lnjax.types import Completion, Prompt, Rollout, RolloutGroup
+from lnjax.rewards.verifiers import REWARD_MODEL
+from lnjax.schema import ScorerConfig
+from lnjax.types import Comparison, Completion, Prompt, Rollout, RolloutGroup, Sample, Score
+
+
+class ModelScores:
+    """Scores what asks for the verifier `reward_model` by one in this process; `inner` scores the rest. Collective.
+
+    The reward is sigmoid(score), the Bradley-Terry odds against an answer of score 0, so that an unfinished completion or a
+    wrong format, which get 0, stay the worst there is. The part `score` is the score itself.
+    """
+
+    def __init__(self, inner: Any, *, model: RewardModel, params: Any, c: ScorerConfig):
+        self._inner, self._params, self._c = inner, params, c
+        self._mesh, self._scores = model.decoder.compute.ops.mesh, jax.jit(model.scores)
+        self._weights = np.asarray(c.weights or (1.0, *(0.0,) * (model.num_scores - 1)))
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        mine = [i for i, x in enumerate(requests) if x.verifier == REWARD_MODEL and x.finished]
+        asked = list(requests)
+        for i, score in zip(mine, self.raw([requests[i].token_ids for i in mine]), strict=True):
+            parts = {"accuracy": 0.5 + 0.5 * math.tanh(score / 2), "score": score}
+            asked[i] = dataclasses.replace(requests[i], args={"parts": parts})
+        return self._inner.score(asked)
+
+    def raw(self, sequences: Sequence[tuple[int, ...]]) -> list[float]:
+        """The weighted score of each sequence, at its last token."""
+        if not sequences:
+            return []
+        none = (0.0,) * len(self._weights)
+        alone = [Comparison((Sample(ids, (0,) * len(ids)),), (none,)) for ids in sequences]
+        batches, where = pack_comparisons(alone, c=self._c.pack)
+        parts = [fetch(self._scores(self._params, x.packed, x.last_BPK)) for x in put_rows(self._mesh, batches)]
+        scores_BPA = np.concatenate(parts)[:, :, 0]
+        return [float(scores_BPA[at] @ self._weights) for at in where]
 
 
 def score_groups(
@@ -14,7 +56,13 @@ def score_groups(
     """One group a prompt. A completion that did not finish scores 0."""
     requests = [
         ScoreRequest(
-            prompt.verifier, prompt.args, prompt.reasoning, tokenizer.decode(c.token_ids), c.finished, prompt.text
+            prompt.verifier,
+            prompt.args,
+            prompt.reasoning,
+            tokenizer.decode(c.token_ids),
+            c.finished,
+            prompt.text,
+            prompt.token_ids + c.token_ids,
         )
         for prompt, group in zip(prompts, completions_PG, strict=True)
         for c in group

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lnjax import grpo, sft
+from lnjax import grpo, preference, sft
 from lnjax.alive import Notice, Watchdog
-from lnjax.build import Built, Resources, build, build_engine, initial_params
+from lnjax.build import Built, Resources, build, build_engine, build_scores, initial_params
 from lnjax.checkpoint.hf import save_hf
 from lnjax.checkpoint.store import Checkpoints
 from lnjax.config import check_run_dir, config_hash, save_config
@@ -25,13 +25,9 @@ from lnjax.rewards.first import FirstScores
 from lnjax.rewards.pool import build_reward
 from lnjax.schema import RunConfig
 from lnjax.stage import Position, Stage
+from lnjax.stages import stages_of
 
-LOOPS: dict[str, Any] = {"sft": sft, "grpo": grpo}
-
-
-def stages_of(c: RunConfig) -> list[tuple[str, Any]]:
-    """(name, config) of the stages the run has, in order."""
-    return [(name, getattr(c, name)) for name in LOOPS if getattr(c, name) is not None]
+LOOPS: dict[str, Any] = {"sft": sft, "preference": preference, "grpo": grpo, "reward_model": preference}
 
 
 def check(c: RunConfig, run_dir: Path) -> str:
@@ -83,6 +79,7 @@ def run(c: RunConfig, run_dir: Path, *, watchdog: Watchdog, notice: Notice) -> d
         if first:
             pool.start()
         reward = pool if jax.process_count() == 1 else FirstScores(pool, deadline_s=c.cluster.step_deadline_s)
+        reward = build_scores(b, reward)
         engine, publisher = build_engine(b, note=log.note)
         stack.callback(engine.close)
         if saved:
@@ -104,6 +101,8 @@ def _streams(b: Built) -> dict[str, Any]:
     """All data of the run, every row checked. Raises DataError naming the row."""
     c = b.config
     streams = {name: LOOPS[name].build_stream(b, stage) for name, stage in stages_of(c)}
+    if c.reward_model:
+        streams["heldout"] = preference.build_heldout(b, c.reward_model)
     if c.eval:
         streams["eval"] = build_prompt_stream(c.eval.prompts, b.tokenizer)
     with build_reward(c.reward) as reward:
@@ -137,7 +136,11 @@ def _run_stages(
         start = Position(source, updates, here["step"] if here else 0, here)
         params = LOOPS[name].run(b, r, config, stage=stage, start=start)
         updates += config.steps * getattr(config, "updates_per_step", 1)
-        _keep(evals, name, evaluate(b, r, after=name, step=updates, params=params))
+        if name == "reward_model":
+            if found := preference.measure(b, r, config, params, step=updates):
+                evals[name] = found
+        else:
+            _keep(evals, name, evaluate(b, r, after=name, step=updates, params=params))
     return params, evals
 
 

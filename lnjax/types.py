@@ -1,7 +1,7 @@
 """The nouns that flow through every loop.
 
 Legend: P prompts, G completions per prompt, B rows, T positions, S key positions, D model width,
-N query heads, K kv heads, H head dim, F ffn width, V vocabulary.
+N query heads, K kv heads, H head dim, F ffn width, V vocabulary. Of preferences: P comparisons, K answers, A scores.
 """
 
 from collections.abc import Mapping
@@ -151,6 +151,33 @@ class RlBatch:
     """float32; from the reference policy. Not read when the KL term is off."""
     on_policy: Array
     """bool, scalar: True on the first update after sampling, where old logprobs are the current ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """K answers to one prompt, the best first, with what is known of each."""
+
+    samples: tuple[Sample, ...]
+    scores: tuple[tuple[float, ...], ...]
+    """[K][A]: rewards or ratings."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class PreferenceBatch:
+    """Comparisons packed into rows, whole ones. P of a row, K answers each, A scores an answer."""
+
+    packed: PackedBatch
+    answer_BT: Array
+    """int32; on a loss token 1 + comparison * K + answer of its row, else 0."""
+    last_BPK: Array
+    """int32; position of the answer's last token in its row."""
+    scores_BPKA: Array
+    """float32."""
+    real_BP: Array
+    """float32; 1 where there is a comparison, else 0."""
+    ref_logprobs_BT: Array
+    """float32; from the reference policy. Not read for reward models."""
 
 
 @jax.tree_util.register_dataclass

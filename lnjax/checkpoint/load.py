@@ -48,6 +48,16 @@ def read_spec(source: str) -> ModelSpec:
         raise WeightsError(f"{path}/{error}") from error
 
 
+def read_num_scores(source: str) -> int:
+    """Scores an answer of the reward model that a run trained. Raises WeightsError where there is none."""
+    folder = find_checkpoints(resolve_source(source))
+    store = Checkpoints(folder, keep=0) if folder else None
+    count = store.read_extra(_latest(store))["model"].get("num_labels") if store else None
+    if count is None:
+        raise WeightsError(f"{source}: no reward model; give the folder of a run whose last stage is reward_model")
+    return count
+
+
 def load_weights(source: str, *, spec: ModelSpec, dtype: Any, shardings: Any) -> Any:
     """Parameters in the decoder's layout. Each device reads its own slices; raises WeightsError naming file and tensor."""
     path = resolve_source(source)

@@ -29,8 +29,8 @@ def arithmetic_rows(*, num_rows: int, seed: int, split: str) -> list[Row]:
         if problem in rows or _split(problem) != split:
             continue
         work, answer = (_add(a, b), str(a + b)) if sign == "+" else (_subtract(a, b), str(a - b))
-        said = f"it is {answer}." if _unit(f"style/{problem}") < SENTENCE_SHARE else answer
-        direct = _unit(f"mode/{problem}") < DIRECT_SHARE
+        said = f"it is {answer}." if unit(f"style/{problem}") < SENTENCE_SHARE else answer
+        direct = unit(f"mode/{problem}") < DIRECT_SHARE
         mode = "off" if direct else "on"
         rows[problem] = {
             "input": [{"role": "user", "content": f"{problem}=?"}],
@@ -80,10 +80,10 @@ def _subtract(a: int, b: int) -> str:
     return f"{ones}-{b % 10}={ones - b % 10} {a // 10}-{b // 10}{'-1' if borrow else ''}={a // 10 - b // 10 - borrow}"
 
 
-def _unit(text: str) -> float:
+def unit(text: str) -> float:
     """In [0, 1), a function of the text alone."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
 
 
 def _split(problem: str) -> str:
-    return "heldout" if _unit(problem) * 10 < HELD_OUT_OF_TEN else "train"
+    return "heldout" if unit(problem) * 10 < HELD_OUT_OF_TEN else "train"

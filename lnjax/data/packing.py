@@ -110,7 +110,7 @@ def pack(groups: Sequence[Sequence[Sample]], *, c: PackConfig) -> Packing:
 
 def _pieces(group: Sequence[Sample], first: int, *, row_tokens: int) -> list[_Piece]:
     """The group (its samples are numbered from `first`) cut into segments of at most a row."""
-    trunk = _trunk(group)
+    trunk = shared_tokens(group)
     pieces: list[_Piece] = []
     for i in sorted(range(len(group)), key=lambda i: (-len(group[i].token_ids), i)):
         size = len(group[i].token_ids)
@@ -127,7 +127,7 @@ def _pieces(group: Sequence[Sample], first: int, *, row_tokens: int) -> list[_Pi
     return pieces
 
 
-def _trunk(group: Sequence[Sample]) -> int:
+def shared_tokens(group: Sequence[Sample]) -> int:
     """Tokens that all samples begin with and none is trained on, but the last of them; 0 where there is nothing to share."""
     if len(group) < 2:
         return 0

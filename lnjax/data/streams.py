@@ -23,18 +23,18 @@ REASONING_GYM = "reasoning_gym:"
 HELDOUT_SEED = 1_000_003  # added to the seed of generators that cannot split by problem
 
 
-class PromptStream:
-    """Prompts in a new order every epoch (or in the given one, again and again), addressed by one global index."""
+class ShuffledStream[Item]:
+    """Items in a new order every epoch (or in the given one, again and again), addressed by one global index."""
 
-    def __init__(self, prompts: Sequence[Prompt], *, seed: int, shuffle: bool = True):
-        self.prompts = list(prompts)
+    def __init__(self, items: Sequence[Item], *, seed: int, shuffle: bool = True):
+        self.items = list(items)
         """Each once, in the order of the source."""
-        order: Any = grain.MapDataset.source(self.prompts).seed(seed)
+        order: Any = grain.MapDataset.source(self.items).seed(seed)
         self._order: Any = (order.shuffle() if shuffle else order).repeat()
         self._next = 0
 
-    def take(self, count: int) -> list[Prompt]:
-        """The next prompts; they repeat, reshuffled, after the last."""
+    def take(self, count: int) -> list[Item]:
+        """The next items; they repeat, reshuffled, after the last."""
         found = [self._order[self._next + i] for i in range(count)]
         self._next += count
         return found
@@ -45,6 +45,12 @@ class PromptStream:
 
     def seek(self, cursor: dict[str, Any]) -> None:
         self._next = cursor["next"]
+
+
+class PromptStream(ShuffledStream[Prompt]):
+    @property
+    def prompts(self) -> list[Prompt]:
+        return self.items
 
 
 class SftStream:

@@ -41,7 +41,8 @@ class Work:
 def work_of(c: RunConfig, *, mean_tokens: int = 0) -> Work:
     """Of the run's last stage. `mean_tokens`: average completion; 0 takes the longest allowed, which is the worst case."""
     if c.grpo is None:
-        assert c.sft
+        if c.sft is None:
+            raise ConfigError(f"{c.name} has neither an sft nor a grpo stage, and others cannot be planned yet")
         tokens = c.sft.pack.row_tokens
         segment = min(mean_tokens or tokens, tokens)
         return Work(

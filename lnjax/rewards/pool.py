@@ -13,7 +13,7 @@ from lnjax.errors import ConfigError, RolloutError
 from lnjax.rewards.format import answer_of, follows_format
 from lnjax.rewards.judge import JudgeClient, question_of, rule_request
 from lnjax.rewards.protocol import ScoreRequest
-from lnjax.rewards.verifiers import JUDGE, VERIFIERS
+from lnjax.rewards.verifiers import JUDGE, REWARD_MODEL, VERIFIERS
 from lnjax.schema import RewardConfig
 from lnjax.types import Score
 
@@ -80,7 +80,7 @@ class RewardPool:
 
     def __init__(self, c: RewardConfig, *, extra: Mapping[str, str]):
         self._c, self._extra = c, json.dumps(dict(extra))
-        self._known = sorted({*VERIFIERS, *extra, *([JUDGE] if c.judge else [])})
+        self._known = sorted({*VERIFIERS, *extra, *([JUDGE] if c.judge else []), *([REWARD_MODEL] if c.model else [])})
         self._judge = JudgeClient(c.judge) if c.judge else None
         self._workers: list[Worker] = []
         self._warm: set[str] = set()
@@ -89,8 +89,11 @@ class RewardPool:
     def check(self, verifiers: Sequence[str]) -> None:
         """Raises ConfigError for a name that no verifier has."""
         for name in sorted(set(verifiers) - set(self._known)):
-            if name == JUDGE:
-                raise ConfigError("prompts ask for the verifier `judge`, but the config has no reward.judge; add one")
+            if name in (JUDGE, REWARD_MODEL):
+                section = "judge" if name == JUDGE else "model"
+                raise ConfigError(
+                    f"prompts ask for the verifier `{name}`, but the config has no reward.{section}; add one"
+                )
             raise ConfigError(f"unknown verifier {name!r}; known: {self._known}. Fix args.verifier in the data")
 
     def start(self) -> None:
@@ -108,12 +111,15 @@ class RewardPool:
         judged = {i for i, r in enumerate(requests) if r.finished and r.verifier == JUDGE}
         rules = {i: rule_request(requests[i]) for i in judged} if self._c.judge and self._c.judge.rule_first else {}
         work = [rules.get(i) or r for i, r in enumerate(requests)]
-        todo = deque(i for i, r in enumerate(work) if r.finished and r.verifier != JUDGE)
+        todo = deque(i for i, r in enumerate(work) if r.finished and r.verifier not in (JUDGE, REWARD_MODEL))
         replies: dict[int, dict] = {}
         if todo:
             self._run(work, todo, replies)
         if judged:
             self._ask(requests, sorted(judged), replies)
+        for i, r in enumerate(requests):
+            if r.finished and r.verifier == REWARD_MODEL:
+                replies[i] = {"parts": r.args["parts"], "failure": ""}
         return [self._verdict(r, replies.get(i)) for i, r in enumerate(requests)]
 
     def close(self) -> None:

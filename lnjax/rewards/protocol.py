@@ -22,3 +22,5 @@ class ScoreRequest:
     """False when the token budget cut it off: it scores 0 unread."""
     question: str = ""
     """The last user message, for judges."""
+    token_ids: tuple[int, ...] = ()
+    """Prompt and completion, for a reward model."""

@@ -48,6 +48,8 @@ def ifeval(answer: str, args: Mapping[str, Any]) -> Mapping[str, float]:
 VERIFIERS: dict[str, Verifier] = {"integer": integer, "math": math, "reasoning_gym": reasoning_gym, "ifeval": ifeval}
 
 JUDGE = "judge"
+REWARD_MODEL = "reward_model"
+"""Not a function here: its parts come with the request."""
 """Asks a language model (lnjax/rewards/judge.py) instead of a worker. args: answer or expected_answer."""
 
 WARM = {"math": "math_verify", "reasoning_gym": "reasoning_gym", "ifeval": "lnjax.rewards.ifeval"}
