@@ -19,6 +19,7 @@ FLOORS = [
     {"ops"},
     {"models", "learn"},
     {"data", "rollout", "rewards", "checkpoint"},
+    {"record"},
     {"build", "score", "stage", "fit"},
     {"source", "parity"},
     {"evaluate", "sft", "grpo"},
@@ -27,7 +28,7 @@ FLOORS = [
     {"slurm", "planner"},
     {"launch", "plan", "convert", "serve"},
 ]
-ROOMS = {"models", "learn", "ops", "data", "rollout", "rewards", "checkpoint", "planner"}
+ROOMS = {"models", "learn", "ops", "data", "rollout", "rewards", "checkpoint", "planner", "report"}
 NO_JAX = {
     "errors.py",
     "architecture.py",
@@ -54,7 +55,7 @@ GUESTS = {
     "tensorboardX": "metrics.py",
     "rich": ("metrics.py", "launch.py", "plan.py", "planner"),
     "tyro": ("config.py", "schema.py"),
-    "matplotlib": "report.py",
+    "matplotlib": "report",
     "math_verify": "rewards",
     "nltk": "rewards",
     "httpx": ("rollout", "rewards"),

@@ -1,0 +1,57 @@
+"""One self-contained page about one or several runs: page.html with their data in it."""
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lnjax.report.read import Lines, describe, read_config, read_run
+
+ROLLOUT_BYTES = 3_000_000
+"""Room for rollouts in a page; where more are recorded, every second, third, … group is shown."""
+
+
+def write_page(run_dirs: Sequence[Path], *, out: Path, parent: Path | None = None) -> Path:
+    """Raises DataError naming a broken line of a run. `parent`: a run to compare configs with."""
+    runs = [read_run(x) for x in run_dirs]
+    data = {
+        "runs": [describe(run) | {"rollouts": thin(run.rollouts, room=ROLLOUT_BYTES // len(runs))} for run in runs],
+        "parent": parent and {"name": str(parent), "config": read_config(parent)},
+    }
+    out.write_text(fill(data), encoding="utf-8")
+    return out
+
+
+def thin(groups: Lines, *, room: int) -> Lines:
+    """Every k-th group, with the smallest k whose JSON has room (bytes)."""
+    sizes = [len(_dump(x)) for x in groups]
+    every = 1
+    while sum(sizes[::every]) > room and every <= len(sizes):
+        every += 1
+    return groups[::every] if every <= len(sizes) else []
+
+
+def fill(data: Any) -> str:
+    """The page. Nothing in the data can end its script element, and the page runs no script but its own."""
+    template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+    script = template.split("<script>")[1].split("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return template.replace("@SCRIPT@", f"sha256-{digest}").replace("@DATA@", _dump(data))
+
+
+def _dump(value: Any) -> str:
+    """Compact JSON, in ASCII and without the characters of markup."""
+    text = json.dumps(_finite(value), allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities (Python writes and reads them, browsers do not) become null."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
