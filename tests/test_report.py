@@ -49,7 +49,7 @@ def group(step, *, text="4", samples=8, tokens=40):
     answer |= {"versions": [[step - 1, tokens]], "texts": texts, "skipped": [tokens, 0]}
     answers = [
         answer
-        | {"reward": k % 2, "advantage": k % 2 - 0.5, "logprobs": [-0.1 * (i % 40) for i in range(tokens)]}
+        | {"reward": k % 2, "advantage": k % 2 - 0.5, "logprobs": [-(i % 40) / 8 for i in range(tokens)]}
         for k in range(samples)
     ]
     prompt = {"texts": [f"<|user|>2+2? {text}", ""], "skipped": 0, "tokens": 9}
@@ -187,7 +187,7 @@ def test_the_run_that_the_weights_came_from_is_the_parent(tmp_path):
 # The page
 
 
-@pytest.mark.parametrize("text", [HOSTILE, "\udc80 \x00 \u2028 & &lt; @DATA@ @SCRIPT@"])
+@pytest.mark.parametrize("text", [HOSTILE, "\udc80 \x00 \u2028 & &lt; @DATA@ @HASH@"])
 def test_text_of_a_run_cannot_leave_its_place_in_the_page(tmp_path, text):
     plain = write_page([make_run(tmp_path / "plain")], out=tmp_path / "plain.html").read_text()
     page = write_page([make_run(tmp_path / "hostile", text=text)], out=tmp_path / "hostile.html").read_text()

@@ -1,4 +1,4 @@
-"""One self-contained page about one or several runs: page.html with their data in it."""
+"""One self-contained page about one or several runs: page.html, .css and .js with their data."""
 
 import base64
 import hashlib
@@ -36,10 +36,10 @@ def thin(groups: Lines, *, room: int) -> Lines:
 
 def fill(data: Any) -> str:
     """The page. Nothing in the data can end its script element, and the page runs no script but its own."""
-    template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
-    script = template.split("<script>")[1].split("</script>")[0]
+    page, style, script = ((Path(__file__).parent / f"page.{x}").read_text(encoding="utf-8") for x in ("html", "css", "js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return template.replace("@SCRIPT@", f"sha256-{digest}").replace("@DATA@", _dump(data))
+    page = page.replace("@HASH@", f"sha256-{digest}").replace("@STYLE@", style).replace("@SCRIPT@", script)
+    return page.replace("@DATA@", _dump(data))
 
 
 def _dump(value: Any) -> str:

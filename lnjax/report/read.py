@@ -39,7 +39,7 @@ def read_run(run_dir: Path) -> Run:
     if not metrics:
         raise DataError(f"{run_dir / 'metrics.jsonl'}: no lines yet; the run has not done a step")
     record = run_dir / "rollouts.jsonl"
-    rollouts = read_lines(record, notes=notes, needs=("rollouts", "prompt")) if record.is_file() else []
+    rollouts = read_lines(record, notes=notes, needs=("question", "prompt", "rollouts")) if record.is_file() else []
     config = read_config(run_dir)
     parent, source = None, config.get("model.source")
     if isinstance(source, str) and (Path(source) / "config.json").is_file():
