@@ -48,8 +48,7 @@ def group(step, *, text="4", samples=8, tokens=40):
     answer = {"parts": {"accuracy": 1.0, "format": 1.0}, "failure": "", "finished": True, "tokens": tokens}
     answer |= {"versions": [[step - 1, tokens]], "texts": texts, "skipped": [tokens, 0]}
     answers = [
-        answer
-        | {"reward": k % 2, "advantage": k % 2 - 0.5, "logprobs": [-(i % 40) / 8 for i in range(tokens)]}
+        answer | {"reward": k % 2, "advantage": k % 2 - 0.5, "logprobs": [-(i % 40) / 8 for i in range(tokens)]}
         for k in range(samples)
     ]
     prompt = {"texts": [f"<|user|>2+2? {text}", ""], "skipped": 0, "tokens": 9}
@@ -61,30 +60,64 @@ def group(step, *, text="4", samples=8, tokens=40):
 def grpo_line(step, *, steps, stale=2):
     """A step of an asynchronous run over servers with a curriculum."""
     share, wave = step / steps, 0.1 * math.sin(step)
-    line = {"loss": wave, "entropy": 2 - share, "grad_norm": 1 + wave, "learning_rate": 1e-5 * share, "kl_ref": 0.01 * share}
+    line = {
+        "loss": wave,
+        "entropy": 2 - share,
+        "grad_norm": 1 + wave,
+        "learning_rate": 1e-5 * share,
+        "kl_ref": 0.01 * share,
+    }
     line |= {"sampler_kl": 1e-7 * (1.2 + wave * 10), "clip_fraction": 0.01 + wave / 20, "ratio_max": 1.5 + wave}
     line |= {"parity_prob_error": 1.004 + wave / 100, "parity_prob_error_max": 1.2 + wave, "parity_tokens_checked": 100}
-    line |= {"reward": share * 0.8 + wave, "accuracy": share * 0.9, "format": min(1.0, share * 2), "unfinished": 0.5 - share / 2}
+    line |= {
+        "reward": share * 0.8 + wave,
+        "accuracy": share * 0.9,
+        "format": min(1.0, share * 2),
+        "unfinished": 0.5 - share / 2,
+    }
     line |= {"reward/math": share * 0.7, "reward/ifeval": share * 0.6 + wave, "mixed_groups": 0.5 + wave}
-    line |= {"completion_tokens_mean": 500 * (1 - share) + 40, "completion_tokens_max": 900, "sample_tokens": 9000 + step}
-    line |= {"staleness_mean": stale * share, "staleness_max": min(stale, step - 1), "update_tokens": 20000, "prompts": 8}
+    line |= {
+        "completion_tokens_mean": 500 * (1 - share) + 40,
+        "completion_tokens_max": 900,
+        "sample_tokens": 9000 + step,
+    }
+    line |= {
+        "staleness_mean": stale * share,
+        "staleness_max": min(stale, step - 1),
+        "update_tokens": 20000,
+        "prompts": 8,
+    }
     line |= {"pass_rate_target": 0.625 * (1 - share), "pass_rate": 0.6 * (1 - share)}
     line |= {f"pass_rate/{k / 8:g}": math.exp(-((k / 8 - 0.625 * (1 - share)) ** 2) * 32) / 2.5 for k in range(6)}
-    times = {"sample_s": 4.0, "score_s": 0.5, "wait_s": 1.0, "update_s": 30.0 if step == 1 else 3 + wave, "publish_s": 0.4}
+    times = {
+        "sample_s": 4.0,
+        "score_s": 0.5,
+        "wait_s": 1.0,
+        "update_s": 30.0 if step == 1 else 3 + wave,
+        "publish_s": 0.4,
+    }
     return {"stage": "grpo", "step": step, **line, "time": times}
 
 
 def make_run(folder, *, steps=20, text="4", groups_every=4, tokens=40):
     """A run folder as training leaves it."""
     folder.mkdir(parents=True)
-    sft = [{"stage": "sft", "step": i, "loss": 3 / i, "entropy": 1 / i, "time": {"update_s": 0.2}} for i in range(1, 21)]
+    sft = [
+        {"stage": "sft", "step": i, "loss": 3 / i, "entropy": 1 / i, "time": {"update_s": 0.2}} for i in range(1, 21)
+    ]
     grpo = [grpo_line(i, steps=steps) for i in range(1, steps + 1)]
     ends = [evaluation("init", 0.1), *sft, evaluation("sft", 0.26), *grpo, evaluation("grpo", 0.76)]
     write_lines(folder / "metrics.jsonl", ends)
     write_lines(folder / "rollouts.jsonl", [group(i, text=text, tokens=tokens) for i in range(1, steps, groups_every)])
     engine = {"parity_limit": 1.05, "num_servers": 2}
     curriculum = {"sigma": 0.125, "bins": 8}
-    config = {"name": folder.name, "seed": 0, "model": {"source": "random"}, "engine": engine, "grpo": {"curriculum": curriculum}}
+    config = {
+        "name": folder.name,
+        "seed": 0,
+        "model": {"source": "random"},
+        "engine": engine,
+        "grpo": {"curriculum": curriculum},
+    }
     (folder / "config.json").write_text(json.dumps({"hash": "0", "config": config}))
     return folder
 
@@ -132,7 +165,9 @@ def test_a_broken_line_is_named_with_file_and_number(tmp_path, capsys, line, mes
 
 
 def test_a_line_that_is_still_being_written_is_left_out_and_noted(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"stage": "sft", "step": 1, "loss": 2.0, "time": {}}\n{"stage": "sft", "st')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"stage": "sft", "step": 1, "loss": 2.0, "time": {}}\n{"stage": "sft", "st'
+    )
     run = read_run(tmp_path)
     assert [x["step"] for x in run.metrics] == [1]
     assert describe(run)["notes"] == ["metrics.jsonl:2 is not whole yet and left out"]
@@ -180,7 +215,11 @@ def test_the_run_that_the_weights_came_from_is_the_parent(tmp_path):
     config = {"name": "child", "model": {"source": str(parent)}}
     (child / "config.json").write_text(json.dumps({"config": config}))
     found = describe(read_run(child))["parent"]
-    assert (found["name"], found["config"]["name"], found["config"]["model.source"]) == (str(parent), "parent", "random")
+    assert (found["name"], found["config"]["name"], found["config"]["model.source"]) == (
+        str(parent),
+        "parent",
+        "random",
+    )
     assert describe(read_run(parent))["parent"] is None
 
 

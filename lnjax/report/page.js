@@ -21,7 +21,21 @@ function make(node, props, children) {
 const el = (tag, props, ...children) => make(document.createElement(tag), props, children);
 const svg = (tag, props, ...children) => make(document.createElementNS("http://www.w3.org/2000/svg", tag), props, children);
 const swatch = (c, block) => el("span", { class: block ? "swatch block" : "swatch", style: { background: c } });
+/** A button that puts `item` into the set and takes it out. */
+function toggle(set, item, { off = false, then }, ...label) {
+  const pressed = () => String(set.has(item) !== off);
+  const flip = () => { set.delete(item) || set.add(item); button.setAttribute("aria-pressed", pressed()); then(); };
+  const button = el("button", { "aria-pressed": pressed(), onclick: flip }, label);
+  return button;
+}
 const soft = text => el("p", { class: "note" }, text);
+
+/** Go where the key says, if it says so. */
+function arrows(event, to, go) {
+  if (!(event.key in to)) return;
+  event.preventDefault();
+  go(to[event.key]);
+}
 
 // ---- numbers
 function show(v, digits = 4) {
@@ -52,15 +66,10 @@ function tickText(v, step) {
 }
 /** Running mean over the last values that are there: `most`, or an eighth of all. */
 function smooth(values, most) {
-  const width = Math.min(most, Math.ceil(values.length / 8)), held = [];
-  if (width < 2) return values;
-  return values.map(v => {
-    if (v === null) return null;
-    held.push(v);
-    if (held.length > width) held.shift();
-    return held.reduce((a, b) => a + b) / held.length;
-  });
+  const width = Math.min(most, Math.ceil(values.length / 8)), last = i => values.slice(Math.max(0, i - width + 1), i + 1).filter(v => v !== null);
+  return width < 2 ? values : values.map((v, i) => v === null ? null : sum(last(i)) / last(i).length);
 }
+const sum = list => list.reduce((a, b) => a + b, 0);
 const median = a => [...a].sort((x, y) => x - y)[a.length >> 1];
 
 // ---- charts
@@ -138,22 +147,16 @@ function chart(spec) {
   let view = null, at = -1;
   const dashed = k => svg("svg", { width: 26, height: 8, "aria-hidden": true },
     svg("line", { x1: 0, x2: 20, y1: 4, y2: 4, stroke: "currentColor", "stroke-width": 2, "stroke-dasharray": DASH[k % 4] }));
-  if (spec.keys.length > 1) spec.keys.forEach(([key, label], k) => {
-    const flip = () => {
-      hidden.has(key) ? hidden.delete(key) : hidden.add(key);
-      toggle.setAttribute("aria-pressed", !hidden.has(key));
-      draw();
-    };
-    const toggle = el("button", { "aria-pressed": "true", onclick: flip }, many && !spec.one ? dashed(k) : swatch(color(k), spec.stack), label);
-    legend.append(toggle);
-  });
+  const sign = k => many && !spec.one ? dashed(k) : swatch(color(k), spec.stack);
+  if (spec.keys.length > 1) legend.append(...spec.keys.map(([key, label], k) => toggle(hidden, key, { off: true, then: draw }, sign(k), label)));
 
   function draw() {
     const run = DATA.runs[state.detail], has = spec.keys.some(([key]) => run.stages[spec.stage]?.columns[key]);
     figure.hidden = Boolean(spec.one) && !has;
     const width = plot.clientWidth;
     if (!width) return;
-    const series = seriesOf(spec, hidden), scale = v => v === null ? null : spec.log ? Math.log10(Math.max(v - (spec.offset ?? 0), 10 ** spec.floor)) : v;
+    const series = seriesOf(spec, hidden), log = v => Math.log10(Math.max(v - (spec.offset ?? 0), 10 ** spec.floor));
+    const scale = v => v === null || !spec.log ? v : log(v);
     const ends = DATA.runs.filter((_, r) => spec.limit && state.shown.has(r)).map(r => Number(r.config[spec.limit]));
     const limits = unique(ends.filter(v => v > 0)), values = series.flatMap(s => s.top ?? [...s.ys, ...s.raw]).filter(v => v !== null).map(scale);
     plot.replaceChildren();
@@ -169,7 +172,8 @@ function chart(spec) {
       inner.append(...heatOf(spec, run).map(cell));
     }
     for (const s of series) {
-      const line = (ys, more) => inner.append(svg("path", { fill: "none", stroke: s.color, "stroke-linecap": "round", "stroke-linejoin": "round", d: path(s.xs, ys, px, py), ...more }));
+      const look = { fill: "none", stroke: s.color, "stroke-linecap": "round", "stroke-linejoin": "round" };
+      const line = (ys, more) => inner.append(svg("path", { ...look, d: path(s.xs, ys, px, py), ...more }));
       if (s.top) {
         const back = [...s.xs.keys()].reverse().map(i => `L${px(s.xs[i]).toFixed(1)} ${py(s.base[i]).toFixed(1)}`).join("");
         inner.append(svg("path", { d: `${path(s.xs, s.top, px, py)}${back}Z`, fill: s.color, opacity: .8 }));
@@ -216,8 +220,7 @@ function chart(spec) {
   plot.addEventListener("pointerleave", leave);
   plot.addEventListener("blur", leave);
   plot.addEventListener("keydown", e => {
-    const to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: Infinity }[e.key];
-    if (to !== undefined) { e.preventDefault(); read(to); }
+    arrows(e, { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: Infinity }, read);
     if (e.key === "Escape") leave();
   });
   redraws.push(draw);
@@ -239,14 +242,14 @@ const CHARTS = [
   { title: "Reward by task", unit: "mean of rollouts", prefix: "reward/", zero: true },
   { title: "Loss", unit: "per token", keys: ["loss"] },
   { title: "KL to the reference", unit: "nats per token", keys: ["kl_ref"], zero: true },
-  { title: "KL between sampler and learner", unit: "nats per token, logarithmic", keys: ["sampler_kl"], log: true, floor: -12 },
+  { title: "KL between sampler and learner", unit: "nats per token, log scale", keys: ["sampler_kl"], log: true, floor: -12 },
   { title: "Entropy", unit: "nats per token", keys: ["entropy"], zero: true },
   { title: "Completion length", unit: "tokens", keys: ["completion_tokens_mean", "completion_tokens_max"], zero: true },
   { title: "Shares", unit: "of completions, groups, tokens", keys: ["unfinished", "mixed_groups", "clip_fraction"], zero: true },
   { title: "Gradient norm", unit: "before clipping", keys: ["grad_norm"], zero: true },
   { title: "Learning rate", keys: ["learning_rate"], zero: true },
   { title: "Staleness", unit: "steps behind the learner", keys: ["staleness_mean", "staleness_max"], zero: true },
-  { title: "Parity oracle", unit: "mean exp|difference of logprobs|; 1 is exact", keys: ["parity_prob_error", "prob_error"],
+  { title: "Parity oracle", unit: "mean exp|difference of logprobs|", keys: ["parity_prob_error", "prob_error"],
     log: true, offset: 1, floor: -8, limit: "engine.parity_limit", digits: 9 },
   { title: "Curriculum", unit: "pass rate of the prompts", keys: ["pass_rate_target", "pass_rate"], zero: true, one: true,
     heat: "pass_rate/", bins: "grpo.curriculum.bins", band: "grpo.curriculum.sigma",
@@ -268,8 +271,7 @@ function stageSection(name) {
     const parts = spec.parts ? unique(runs.flatMap(r => r.parts)) : [], named = p => columns.filter(k => k.startsWith(p));
     const keys = (spec.prefix ? named(spec.prefix) : [...spec.keys, ...parts]).filter(k => values(k).length && !still.includes(k));
     [...keys, ...(spec.heat ? named(spec.heat) : [])].forEach(k => used.add(k));
-    const total = k => values(k).reduce((a, b) => a + b, 0);
-    if (spec.stack) keys.sort((a, b) => total(b) - total(a)).splice(8);
+    if (spec.stack) keys.sort((a, b) => sum(values(b)) - sum(values(a))).splice(8);
     const label = k => spec.prefix ? k.slice(spec.prefix.length) : NAMES[k] ?? k.replaceAll("_", " ");
     return keys.length ? chart({ ...spec, stage: name, keys: keys.map(k => [k, label(k)]) }) : null;
   };
@@ -282,10 +284,10 @@ function stageSection(name) {
     rest.length ? el("details", {}, el("summary", {}, `${rest.length} more figures of each step`), el("div", { class: "grid" }, more)) : null);
 }
 function facts(run) {
-  const s = run.summary, sum = o => Object.values(o).reduce((a, b) => a + b, 0), pairs = (o, f) => Object.entries(o).map(f).join(", ");
+  const s = run.summary, pairs = (o, f) => Object.entries(o).map(f).join(", ");
   const found = {
     steps: pairs(run.stages, ([k, v]) => `${STAGES[k] ?? k} ${v.steps.at(-1)}`),
-    time: s.seconds && duration(sum(s.seconds)),
+    time: s.seconds && duration(sum(Object.values(s.seconds))),
     tokens: s.tokens && pairs(s.tokens, ([k, v]) => `${k.replace("_tokens", "").replace(".", " ")} ${v.toLocaleString("en")}`),
     model: s.parameters && `${s.parameters.toLocaleString("en")} parameters`,
     device: s.device && `${s.device}, mesh ${pairs(s.mesh, ([k, v]) => `${k} ${v}`)}`,
@@ -348,9 +350,10 @@ function rollouts() {
     groups = run.rollouts.filter(g => (!step.value || step.value === place(g)) && wanted(g));
     const left = run.recorded > run.rollouts.length ? ` (a sample of the ${run.recorded} recorded)` : "";
     count.textContent = `${groups.length} of ${run.rollouts.length} groups${left}`;
-    const mean = g => g.rollouts.reduce((a, x) => a + x.reward, 0) / g.rollouts.length;
-    const move = (e, to) => { if (groups[to]) { e.preventDefault(); open(to); list.children[to].focus(); } };
-    list.replaceChildren(...groups.map((g, i) => el("button", { onclick: () => open(i), onkeydown: e => move(e, { ArrowDown: i + 1, ArrowUp: i - 1 }[e.key]) },
+    list.hidden = !groups.length;
+    const mean = g => sum(g.rollouts.map(x => x.reward)) / g.rollouts.length, go = to => { open(to); list.children[to].focus(); };
+    const key = i => e => arrows(e, { ArrowDown: i + 1, ArrowUp: i - 1 }, to => groups[to] && go(to));
+    list.replaceChildren(...groups.map((g, i) => el("button", { onclick: () => open(i), onkeydown: key(i) },
       el("em", {}, g.question || g.prompt_id), el("span", { class: "row" }, el("span", {}, place(g)), el("span", {}, `reward ${two(mean(g))}`)))));
     if (groups.length) open(Math.max(0, groups.indexOf(current)));
     else pane.replaceChildren(soft("No group has this text."));
@@ -386,10 +389,8 @@ function rollouts() {
       readout.textContent = tokens[i].about;
     };
     const over = e => { const i = tokens.findIndex(t => t.node === e.target); if (i >= 0) pick(i); };
-    const key = e => {
-      const to = { ArrowRight: at + 1, ArrowLeft: at - 1 }[e.key];
-      if (tokens[to]) { e.preventDefault(); pick(to); tokens[to].node.scrollIntoView({ block: "nearest" }); }
-    };
+    const go = to => { if (tokens[to]) { pick(to); tokens[to].node.scrollIntoView({ block: "nearest" }); } };
+    const key = e => arrows(e, { ArrowRight: at + 1, ArrowLeft: at - 1 }, go);
     const nodes = tokens.map(t => t.node), numbers = unique(x.versions.map(v => v[0])), low = Math.min(...numbers), high = Math.max(...numbers);
     if (skipped) nodes.splice(head, 0, `\n[… ${skipped} tokens …]\n`);
     const parts = Object.entries(x.parts).map(([n, v]) => `${n} ${show(v)}`).join(", ");
@@ -397,7 +398,7 @@ function rollouts() {
     const sign = x.advantage > 0 ? "plus" : x.advantage < 0 ? "minus" : "soft";
     const title = [el("h3", {}, `Response ${k + 1}`), el("b", {}, `reward ${two(x.reward)}`), el("span", { class: sign }, `advantage ${x.advantage > 0 ? "+" : ""}${two(x.advantage)}`)];
     const words = el("div", { class: "text", tabindex: 0, role: "group", "aria-label": `Response ${k + 1}`, onpointerover: over, onkeydown: key }, nodes);
-    return el("article", { class: "card" }, el("div", { class: "row" }, title), soft(told.filter(Boolean).join(" · ")), words, readout);
+    return el("article", { class: "card" }, el("div", { class: "row base" }, title), soft(told.filter(Boolean).join(" · ")), words, readout);
   }
   redraws.push(() => {
     if (filled === state.detail) return;
@@ -408,26 +409,18 @@ function rollouts() {
   });
   const ramp = el("span", { class: "soft" }, "likely ", el("span", { class: "ramp" }), " logprob −5 or less");
   return section("Rollouts", el("div", { class: "row" }, el("label", { for: "search" }, "Search"), search, el("label", { for: "step" }, "Step"), step,
-    shade, el("label", { for: "shade" }, "Shade tokens by logprob"), ramp, count), el("div", { class: "browser" }, list, pane));
+    el("label", {}, shade, " Shade tokens by logprob"), ramp, count), el("div", { class: "browser" }, list, pane));
 }
 
 // ---- the page
 document.title = `${DATA.runs.map(r => r.name).join(", ")} – lnjax report`;
-document.getElementById("runs").append(...DATA.runs.map((run, r) => {
-  if (!many) return el("b", {}, run.name);
-  const flip = () => {
-    state.shown.has(r) ? state.shown.delete(r) : state.shown.add(r);
-    toggle.setAttribute("aria-pressed", state.shown.has(r));
-    redraw();
-  };
-  const toggle = el("button", { "aria-pressed": "true", onclick: flip }, swatch(color(r), true), run.name);
-  return toggle;
-}));
+const names = DATA.runs.map((run, r) => many ? toggle(state.shown, r, { then: redraw }, swatch(color(r), true), run.name) : el("b", {}, run.name));
+document.getElementById("runs").append(...names);
 const told = () => state.window > 1 ? `${state.window} steps` : "1 step, as logged";
 const output = el("output", { for: "window" }, told()), knobs = document.getElementById("knobs");
 const slide = e => { state.window = Number(e.target.value); output.textContent = told(); redraw(); };
 knobs.append(el("label", { for: "window" }, "Running mean of up to"),
-  el("input", { type: "range", id: "window", min: 1, max: 50, value: state.window, oninput: slide }), output);
+  el("span", {}, el("input", { type: "range", id: "window", min: 1, max: 50, value: state.window, oninput: slide }), " ", output));
 const turn = e => { state.detail = Number(e.target.value); redraw(); };
 if (many) knobs.append(el("label", { for: "detail" }, "Rollouts, phases and curriculum of"),
   el("select", { id: "detail", onchange: turn }, DATA.runs.map((r, i) => el("option", { value: i }, r.name))));

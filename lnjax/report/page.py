@@ -36,7 +36,9 @@ def thin(groups: Lines, *, room: int) -> Lines:
 
 def fill(data: Any) -> str:
     """The page. Nothing in the data can end its script element, and the page runs no script but its own."""
-    page, style, script = ((Path(__file__).parent / f"page.{x}").read_text(encoding="utf-8") for x in ("html", "css", "js"))
+    page, style, script = (
+        (Path(__file__).parent / f"page.{x}").read_text(encoding="utf-8") for x in ("html", "css", "js")
+    )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = page.replace("@HASH@", f"sha256-{digest}").replace("@STYLE@", style).replace("@SCRIPT@", script)
     return page.replace("@DATA@", _dump(data))
