@@ -86,9 +86,7 @@ class RolloutRecord:
 
     def _ends(self, ids: Sequence[int]) -> tuple[list[str], int, list[str]]:
         """(texts of the first tokens, how many are left out, texts of the last): `tokens` texts at most."""
-        half, most = self._c.tokens // 2, self._c.tokens
-        if len(ids) <= most:
-            return self._tokenizer.pieces(ids), 0, []
-        first = most - half
-        last = self._tokenizer.pieces(ids[-half:]) if half else []
-        return self._tokenizer.pieces(ids[:first]), len(ids) - most, last
+        most, pieces = self._c.tokens, self._tokenizer.pieces
+        tail = ids[len(ids) - most // 2 :] if len(ids) > most else ()
+        head = ids[: most - len(tail)]
+        return pieces(head), len(ids) - len(head) - len(tail), pieces(tail)

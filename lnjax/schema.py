@@ -350,7 +350,7 @@ class RecordConfig:
     """Which rollouts RUN_DIR/rollouts.jsonl keeps for people to read; `python -m lnjax.report` shows them."""
 
     per_doubling: int = 8
-    """Steps recorded while their number doubles (every step up to twice as many): 55 of 500, 90 of 10,000. 0: none."""
+    """Steps recorded while their number doubles (every step up to twice as many): 55 of 500, 89 of 10,000. 0: none."""
     groups: int = 2
     """Groups of such a step, drawn at random."""
     samples: int = 8

@@ -1,5 +1,6 @@
 """The page about runs: what it reads, what it refuses, what hostile text cannot do, and how a browser opens it."""
 
+import dataclasses
 import json
 import math
 import os
@@ -13,8 +14,10 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from lnjax.config import load_config
 from lnjax.data.tokenizer import Tokenizer, load_tokenizer
 from lnjax.errors import DataError
+from lnjax.grpo import describe as describe_rollouts
 from lnjax.record import RolloutRecord, recorded
 from lnjax.report.__main__ import main
 from lnjax.report.page import fill, thin, write_page
@@ -235,9 +238,16 @@ def test_text_of_a_run_cannot_leave_its_place_in_the_page(tmp_path, text):
     assert data_of(page)["runs"][0]["rollouts"][0]["rollouts"][0]["texts"][0] == text
 
 
-def test_what_is_no_number_is_null_and_only_the_page_s_own_script_may_run():
-    page = fill({"runs": [float("nan"), float("-inf"), 1.5]})
-    assert data_of(page) == {"runs": [None, None, 1.5]}
+def test_what_is_no_number_is_null(tmp_path):
+    lines = '{"stage": "sft", "step": 1, "loss": NaN}', '{"stage": "sft", "step": 2, "loss": -Infinity}'
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert describe(read_run(tmp_path))["stages"]["sft"]["columns"] == {}
+    with pytest.raises(ValueError, match="JSON"):
+        fill(float("nan"))
+
+
+def test_the_page_runs_no_script_but_its_own_and_asks_no_network():
+    page = fill({})
     assert "script-src 'sha256-" in page
     assert "http://" not in page.replace("http://www.w3.org/2000/svg", "") and "https://" not in page
 
@@ -248,7 +258,7 @@ def test_a_page_of_500_steps_stays_under_five_megabytes_and_says_what_it_left_ou
     page = write_page([run], out=tmp_path / "page.html")
     assert 2e6 < page.stat().st_size < 5e6
     shown = data_of(page.read_text())["runs"][0]
-    assert (shown["recorded"], len(shown["rollouts"])) == (125, 63)
+    assert (shown["recorded"], len(shown["rollouts"])) == (125, 42)
     assert len(shown["stages"]["grpo"]["steps"]) == 500
 
 
@@ -264,6 +274,10 @@ def test_the_front_door_writes_one_page_for_several_runs(tmp_path, capsys):
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b")]
     assert main([*map(str, runs), "--parent", str(runs[0])]) == 0
     assert capsys.readouterr().out.startswith(str(runs[0] / "report.html"))
+    assert main([str(runs[0]), "--parent", str(tmp_path)]) == 2
+    assert "no config of a run" in capsys.readouterr().err
+    assert main([str(runs[0]), "--out", str(tmp_path / "nowhere" / "page.html")]) == 2
+    assert "No such file" in capsys.readouterr().err
     data = data_of((runs[0] / "report.html").read_text())
     assert [x["name"] for x in data["runs"]] == ["a", "b"]
     assert data["parent"]["config"]["name"] == "a"
@@ -296,7 +310,7 @@ def test_every_step_is_recorded_at_first_and_then_ever_fewer():
     steps = [s for s in range(1, 501) if recorded(s, per_doubling=4)]
     assert steps[:16] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32]
     assert sum(recorded(s, per_doubling=8) for s in range(1, 501)) == 55
-    assert sum(recorded(s, per_doubling=8) for s in range(1, 10_001)) == 90
+    assert sum(recorded(s, per_doubling=8) for s in range(1, 10_001)) == 89
     assert not any(recorded(s, per_doubling=0) for s in range(1, 99))
 
 
@@ -315,7 +329,7 @@ def test_a_recorded_group_holds_what_a_reader_needs(tmp_path):
         "verifier": "math",
         "args": '{"expected_answer": "4"}',
         "pass_rate": 0.25,
-        "prompt": {"texts": ["<|begin_of_text|>+,", ""], "skipped": 0, "tokens": 3},
+        "prompt": {"texts": ["<|begin_of_text|>%&", ""], "skipped": 0, "tokens": 3},
         "num_rollouts": 3,
     }
     assert first == {
@@ -326,7 +340,7 @@ def test_a_recorded_group_holds_what_a_reader_needs(tmp_path):
         "finished": True,
         "tokens": 6,
         "versions": [[7, 4], [8, 2]],
-        "texts": ["5", "6", "7", "8", "9", ":"],
+        "texts": ["/", "0", "1", "2", "3", "4"],
         "logprobs": [-0.5] * 6,
         "skipped": [6, 0],
     }
@@ -338,7 +352,7 @@ def test_of_a_long_completion_the_first_and_last_tokens_are_kept(tmp_path):
     keep(log, 1, [rollout_group(40)])
     log.close()
     answer = read(tmp_path)[0]["rollouts"][0]
-    assert (answer["texts"], answer["skipped"], len(answer["logprobs"])) == (["5", "6", "7", "[", "\\"], [3, 35], 5)
+    assert (answer["texts"], answer["skipped"], len(answer["logprobs"])) == (["/", "0", "1", "U", "V"], [3, 35], 5)
 
 
 def test_the_same_groups_are_drawn_again_and_a_resume_cuts_what_comes_after(tmp_path):
@@ -366,6 +380,21 @@ def test_a_process_that_does_not_write_counts_the_same_lines(tmp_path):
     keep(log, 1, [rollout_group()] * 3)
     assert log.lines == 6
     assert not (tmp_path / "rollouts.jsonl").exists()
+
+
+def test_rewards_are_told_by_task_where_there_are_several():
+    c = load_config("tiny_grpo").grpo
+    assert c is not None
+    c = dataclasses.replace(c, max_staleness=1)
+    one, other = rollout_group(rewards=(1.0, 0.0)), rollout_group(rewards=(1.0, 1.0))
+    sudoku = dataclasses.replace(other.prompt, verifier="reasoning_gym", args={"task": "mini_sudoku"})
+    both = describe_rollouts([one, dataclasses.replace(other, prompt=sudoku)], c, updates=8)
+    assert {k: v for k, v in both.items() if k.startswith("reward")} == {
+        "reward": 0.75,
+        "reward/math": 0.5,
+        "reward/mini_sudoku": 1.0,
+    }
+    assert "reward/math" not in describe_rollouts([one], c, updates=8)
 
 
 def test_pieces_of_a_character_show_at_its_last_token():

@@ -10,21 +10,17 @@ from lnjax.report.page import write_page
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m lnjax.report", description="One HTML page about one or several runs."
-    )
-    parser.add_argument(
-        "run_dirs", metavar="RUN_DIR", nargs="+", type=Path, help="their curves are laid over each other"
-    )
+    parser = argparse.ArgumentParser(prog="python -m lnjax.report", description="One HTML page about runs.")
+    parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=Path, help="their curves share the charts")
     parser.add_argument("--out", type=Path, metavar="FILE.html", help="default: report.html in the first RUN_DIR")
     parser.add_argument("--parent", type=Path, metavar="RUN_DIR", help="a run to compare the configs with")
     given = parser.parse_args(argv)
     out = given.out or given.run_dirs[0] / "report.html"
     try:
         write_page(given.run_dirs, out=out, parent=given.parent)
-    except LnjaxError as error:
+    except (LnjaxError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return LnjaxError.exit_code
     print(f"{out}  {out.stat().st_size / 1e6:.1f} MB")
     return 0
 

@@ -1,19 +1,17 @@
 """The learning curve as one picture, from metrics.jsonl alone."""
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 
-from lnjax.report.read import read_run
+from lnjax.report.read import Lines, read_run
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 INK, BLUE, ORANGE, GREY = "#222222", "#2a6fbb", "#d9772b", "#9aa3ad"
 TITLES = {"init": "untrained", "sft": "after SFT", "grpo": "after GRPO"}
-Lines = Sequence[Mapping[str, Any]]
 
 
 def plot_run(run_dir: Path) -> Path:

@@ -47,8 +47,7 @@ function show(v, digits = 4) {
 const two = v => v === null || v === undefined ? "–" : v.toFixed(2).replace("-", "−");
 const decimals = step => Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
 function duration(s) {
-  if (s < 120) return `${show(s, 3)} s`;
-  return s < 7200 ? `${Math.floor(s / 60)} min ${Math.floor(s % 60)} s` : `${(s / 3600).toFixed(1)} h`;
+  return s < 120 ? `${show(s, 3)} s` : s < 7200 ? `${Math.floor(s / 60)} min ${Math.floor(s % 60)} s` : `${(s / 3600).toFixed(1)} h`;
 }
 /** Round steps of 1, 2 or 5 times a power of ten; the ticks enclose [low, high]. */
 function ticks(low, high, count, whole) {
@@ -99,14 +98,9 @@ function heatOf(spec, run) {
   return columns.flatMap(cell).filter(h => h.share > 0);
 }
 function path(xs, ys, px, py) {
-  let d = "", pen = false;
-  xs.forEach((x, i) => {
-    if (ys[i] === null) { pen = false; return; }
-    const alone = !pen && (i + 1 === ys.length || ys[i + 1] === null);
-    d += `${pen ? "L" : "M"}${px(x).toFixed(1)} ${py(ys[i]).toFixed(1)}${alone ? "h.01" : ""}`;
-    pen = true;
-  });
-  return d;
+  const there = i => ys[i] !== null && ys[i] !== undefined, dot = i => there(i - 1) || there(i + 1) ? "" : "h.01";
+  const point = (x, i) => `${there(i - 1) ? "L" : "M"}${px(x).toFixed(1)} ${py(ys[i]).toFixed(1)}${dot(i)}`;
+  return xs.map((x, i) => there(i) ? point(x, i) : "").join("");
 }
 /** Where the axes begin and end, their ticks and labels, px(step) and py(value). */
 function axes(spec, values, limits, xs, width) {
@@ -114,13 +108,10 @@ function axes(spec, values, limits, xs, width) {
   if (spec.zero) low = Math.min(0, low);
   const usual = 2.5 * median(values), cut = spec.stack && usual > 0 && high > usual;
   if (cut) high = usual;
-  if (high - low < 1e-12 * Math.max(1, Math.abs(high))) {
-    const pad = Math.abs(high) / 10 || 1;
-    low -= spec.zero ? 0 : pad;
-    high += pad;
-  }
+  const flat = high - low < 1e-12 * Math.max(1, Math.abs(high)), pad = flat ? Math.abs(high) / 10 || 1 : 0;
+  [low, high] = [spec.zero ? low : low - pad, high + pad];
   const y = ticks(low, high, 4, spec.log), power = v => `1e${Math.round(v)}`;
-  const label = v => !spec.log ? tickText(v, y.step) : v > spec.floor ? `${spec.offset ? `${spec.offset}+` : ""}${power(v)}` : spec.offset ? "exact" : "0";
+  const label = v => !spec.log ? tickText(v, y.step) : spec.offset ? v > spec.floor ? `${spec.offset}+${power(v)}` : "exact" : v > spec.floor ? power(v) : "0";
   const texts = y.at.map(label), left = 14 + 6.3 * Math.max(...texts.map(t => t.length));
   const x0 = xs[0], x1 = Math.max(xs.at(-1), x0 + 1), y0 = y.at[0], y1 = y.at.at(-1), w = width - left - RIGHT;
   const px = x => left + (x - x0) / (x1 - x0) * w, py = v => TOP + (y1 - v) / (y1 - y0) * (HEIGHT - TOP - BOTTOM);
@@ -217,8 +208,7 @@ function chart(spec) {
     const x = e.clientX - plot.getBoundingClientRect().left, gaps = view.xs.map(v => Math.abs(view.px(v) - x));
     read(gaps.indexOf(Math.min(...gaps)));
   });
-  plot.addEventListener("pointerleave", leave);
-  plot.addEventListener("blur", leave);
+  for (const away of ["pointerleave", "blur"]) plot.addEventListener(away, leave);
   plot.addEventListener("keydown", e => {
     arrows(e, { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: Infinity }, read);
     if (e.key === "Escape") leave();
@@ -287,7 +277,7 @@ function facts(run) {
   const s = run.summary, pairs = (o, f) => Object.entries(o).map(f).join(", ");
   const found = {
     steps: pairs(run.stages, ([k, v]) => `${STAGES[k] ?? k} ${v.steps.at(-1)}`),
-    time: s.seconds && duration(sum(Object.values(s.seconds))),
+    "time, all phases": s.seconds && duration(sum(Object.values(s.seconds))),
     tokens: s.tokens && pairs(s.tokens, ([k, v]) => `${k.replace("_tokens", "").replace(".", " ")} ${v.toLocaleString("en")}`),
     model: s.parameters && `${s.parameters.toLocaleString("en")} parameters`,
     device: s.device && `${s.device}, mesh ${pairs(s.mesh, ([k, v]) => `${k} ${v}`)}`,
@@ -330,7 +320,7 @@ function configs() {
 function rollouts() {
   if (!DATA.runs.some(r => r.rollouts.length)) return null;
   let groups = [], current = null, filled = null;
-  const count = el("span", { class: "soft", role: "status" }), pane = el("div", { "aria-live": "polite" });
+  const count = el("span", { class: "soft", role: "status" }), pane = el("div");
   const list = el("div", { class: "list", role: "group", "aria-label": "Groups" }), step = el("select", { id: "step", onchange: filter });
   const search = el("input", { type: "search", id: "search", placeholder: "prompts and responses", oninput: filter });
   const shade = el("input", { type: "checkbox", id: "shade", checked: true, onchange: () => current && open(groups.indexOf(current)) });

@@ -3,11 +3,11 @@
 import base64
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lnjax.errors import DataError
 from lnjax.report.read import Lines, describe, read_config, read_run
 
 ROLLOUT_BYTES = 3_000_000
@@ -17,9 +17,12 @@ ROLLOUT_BYTES = 3_000_000
 def write_page(run_dirs: Sequence[Path], *, out: Path, parent: Path | None = None) -> Path:
     """Raises DataError naming a broken line of a run. `parent`: a run to compare configs with."""
     runs = [read_run(x) for x in run_dirs]
+    against = read_config(parent) if parent else {}
+    if parent and not against:
+        raise DataError(f"{parent / 'config.json'}: no config of a run; give the folder of a run")
     data = {
         "runs": [describe(run) | {"rollouts": thin(run.rollouts, room=ROLLOUT_BYTES // len(runs))} for run in runs],
-        "parent": parent and {"name": str(parent), "config": read_config(parent)},
+        "parent": parent and {"name": str(parent), "config": against},
     }
     out.write_text(fill(data), encoding="utf-8")
     return out
@@ -46,14 +49,5 @@ def fill(data: Any) -> str:
 
 def _dump(value: Any) -> str:
     """Compact JSON, in ASCII and without the characters of markup."""
-    text = json.dumps(_finite(value), allow_nan=False, separators=(",", ":"))
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _finite(value: Any) -> Any:
-    """NaN and infinities (Python writes and reads them, browsers do not) become null."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,23 @@ from lnjax.errors import DataError
 Lines = list[dict[str, Any]]
 POINTS = 2000
 """Most steps of a stage in one page; of more, every second, third, … is shown."""
-SUMMARY = ("name", "config_hash", "parameters", "device", "mesh", "steps", "seconds", "tokens")
+SUMMARY = ("name", "config_hash", "parameters", "device", "mesh", "seconds", "tokens")
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Run:
     """One run folder."""
 
     name: str
     metrics: Lines
     rollouts: Lines
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, str]
     """Dotted keys."""
-    summary: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any]
     """Empty where the run has not ended."""
-    parent: tuple[str, dict[str, Any]] | None = None
+    parent: tuple[str, dict[str, str]] | None
     """Folder and config of the run that this one's weights came from, where it is still there."""
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
 
 def read_run(run_dir: Path) -> Run:
@@ -41,19 +41,12 @@ def read_run(run_dir: Path) -> Run:
     record = run_dir / "rollouts.jsonl"
     rollouts = read_lines(record, notes=notes, needs=("question", "prompt", "rollouts")) if record.is_file() else []
     config = read_config(run_dir)
-    parent, source = None, config.get("model.source")
-    if isinstance(source, str) and (Path(source) / "config.json").is_file():
+    parent, source = None, config.get("model.source", "")
+    if source and (Path(source) / "config.json").is_file():
         found = read_config(Path(source))  # a folder in Hugging Face format has a config.json too, of another kind
         parent = (source, found) if found else None
-    return Run(
-        name=run_dir.resolve().name,
-        metrics=metrics,
-        rollouts=rollouts,
-        config=config,
-        summary=_json(run_dir / "summary.json"),
-        parent=parent,
-        notes=notes,
-    )
+    name, summary = run_dir.resolve().name, _json(run_dir / "summary.json")
+    return Run(name, metrics, rollouts, config, summary, parent, notes)
 
 
 def read_lines(path: Path, *, notes: list[str], needs: Sequence[str] = ()) -> Lines:
@@ -70,7 +63,7 @@ def read_lines(path: Path, *, notes: list[str], needs: Sequence[str] = ()) -> Li
             notes.append(f"{path.name}:{number} is not whole yet and left out")
             break
         try:
-            line = json.loads(text)
+            line = json.loads(text, parse_constant=lambda _: None)  # NaN, which is no JSON
         except ValueError as error:  # bad UTF-8 as well
             raise DataError(f"{path}:{number}: not valid JSON ({error}); fix or remove the line") from error
         missing = [k for k in ("stage", "step", *needs) if not isinstance(line, dict) or k not in line]
@@ -82,9 +75,9 @@ def read_lines(path: Path, *, notes: list[str], needs: Sequence[str] = ()) -> Li
     return lines
 
 
-def read_config(run_dir: Path) -> dict[str, Any]:
-    """Dotted keys of RUN_DIR/config.json; empty where there is none of a run."""
-    return flat(_json(run_dir / "config.json").get("config", {}))
+def read_config(run_dir: Path) -> dict[str, str]:
+    """{dotted key: value as text} of RUN_DIR/config.json; empty where there is none of a run."""
+    return {k: _text(v) for k, v in flat(_json(run_dir / "config.json").get("config", {})).items()}
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -108,8 +101,8 @@ def describe(run: Run) -> dict[str, Any]:
         "stages": stages,
         "parts": parts,
         "summary": {k: run.summary[k] for k in SUMMARY if k in run.summary},
-        "config": {k: _text(v) for k, v in run.config.items()},
-        "parent": run.parent and {"name": run.parent[0], "config": {k: _text(v) for k, v in run.parent[1].items()}},
+        "config": run.config,
+        "parent": run.parent and {"name": run.parent[0], "config": run.parent[1]},
         "recorded": len(run.rollouts),
     }
 
