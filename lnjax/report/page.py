@@ -22,7 +22,7 @@ def write_page(run_dirs: Sequence[Path], *, out: Path, parent: Path | None = Non
         raise DataError(f"{parent / 'config.json'}: no config of a run; give the folder of a run")
     data = {
         "runs": [describe(run) | {"rollouts": thin(run.rollouts, room=ROLLOUT_BYTES // len(runs))} for run in runs],
-        "parent": parent and {"name": str(parent), "config": against},
+        "parent": parent and {"name": parent.resolve().name, "config": against},
     }
     out.write_text(fill(data), encoding="utf-8")
     return out

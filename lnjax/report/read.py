@@ -28,7 +28,7 @@ class Run:
     summary: dict[str, Any]
     """Empty where the run has not ended."""
     parent: tuple[str, dict[str, str]] | None
-    """Folder and config of the run that this one's weights came from, where it is still there."""
+    """Folder name and config of the run that this one's weights came from, where it is still there."""
     notes: list[str]
 
 
@@ -44,7 +44,7 @@ def read_run(run_dir: Path) -> Run:
     parent, source = None, config.get("model.source", "")
     if source and (Path(source) / "config.json").is_file():
         found = read_config(Path(source))  # a folder in Hugging Face format has a config.json too, of another kind
-        parent = (source, found) if found else None
+        parent = (Path(source).name, found) if found else None
     name, summary = run_dir.resolve().name, _json(run_dir / "summary.json")
     return Run(name, metrics, rollouts, config, summary, parent, notes)
 
