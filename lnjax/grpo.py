@@ -120,9 +120,9 @@ def run(b: Built, r: Resources, c: GrpoConfig, *, stage: Stage, start: Position)
     return state.params
 
 
-def advantages_of(group: RolloutGroup, *, c: GrpoConfig) -> np.ndarray:
+def advantages_of(group: RolloutGroup, *, c: GrpoConfig) -> list[float]:
     rewards = [x.score.reward for x in group.rollouts]
-    return group_advantages(rewards, [x.completion.finished for x in group.rollouts], c=c.advantage)
+    return group_advantages(rewards, [x.completion.finished for x in group.rollouts], c=c.advantage).tolist()
 
 
 def credit(groups: Sequence[RolloutGroup], *, c: GrpoConfig) -> list[list[Sample]]:

@@ -219,7 +219,7 @@ def test_the_run_that_the_weights_came_from_is_the_parent(tmp_path):
     (child / "config.json").write_text(json.dumps({"config": config}))
     found = describe(read_run(child))["parent"]
     assert (found["name"], found["config"]["name"], found["config"]["model.source"]) == (
-        str(parent),
+        "parent",
         "parent",
         "random",
     )
