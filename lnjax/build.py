@@ -22,6 +22,7 @@ from lnjax.models.hf import hf_config
 from lnjax.models.reward import RewardModel
 from lnjax.ops.cudnn import MAX_DOCUMENTS
 from lnjax.ops.select import check_ops, select_ops
+from lnjax.record import RolloutRecord
 from lnjax.rollout.embedded import EmbeddedEngine
 from lnjax.rollout.first import FirstEngine
 from lnjax.rollout.vllm import VllmEngine
@@ -63,6 +64,7 @@ class Resources:
     """Where a fleet's weights are written; None for an engine in this process."""
     streams: Mapping[str, Any]
     """Data of each stage by its name, and the held-out prompts under `eval`: read and checked before anything is written."""
+    record: RolloutRecord
     parity: dict[str, float] = field(default_factory=dict)
     """Agreement of servers and learner over the whole process, for summary.json."""
 

@@ -252,6 +252,7 @@ def validate(c: RunConfig) -> None:
     if c.model.source == "random" and c.model.tokenizer == "same":
         raise ConfigError("model.source=random brings no tokenizer; set model.tokenizer")
     _positive(c, {"engine.max_len", "reward.num_workers", "reward.deadline_s", "checkpoint.keep"})
+    _positive(c, {"record.groups", "record.samples", "record.tokens"})
     if c.reward.judge:
         _positive(c, {"reward.judge.deadline_s", "reward.judge.concurrency"})
         address = c.reward.judge.address

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lnjax.build import KEY_STATE, Built, Resources
+from lnjax.data.curriculum import describe_batch
 from lnjax.data.packing import microbatches, pack
 from lnjax.data.streams import PromptStream, build_prompt_stream
 from lnjax.errors import RolloutError
@@ -96,9 +97,15 @@ def run(b: Built, r: Resources, c: GrpoConfig, *, stage: Stage, start: Position)
                 for batch in batches:
                     state, more = updater.update(state, batch)
                     stats.append(more)
+                # the device is busy meanwhile
+                r.record.keep("grpo", step=rl_step, groups=groups, credit=partial(advantages_of, c=c))
                 values = _combine(jax.device_get(stats)) | values
                 updates += len(batches)
-            values["prompts_taken"] = rollouts.cursor["next"]
+            values["prompts_taken"] = taken = rollouts.cursor["next"]
+            if c.curriculum:
+                rates = [g.prompt.pass_rate or 0.0 for g in groups]
+                fit, batch = len(prompts.prompts) // c.prompts_per_step, taken // c.prompts_per_step - 1
+                values |= describe_batch(rates, batch=batch, num_batches=fit, c=c.curriculum)
             values["update_tokens"] = sum(len(s.token_ids) for part in parts for group in part for s in group)
             check_update("grpo", rl_step, values, max_skipped_in_a_row=c.optimizer.max_skipped_in_a_row)
             # 6 publish: returns once the engine serves these weights, else raises
@@ -113,16 +120,18 @@ def run(b: Built, r: Resources, c: GrpoConfig, *, stage: Stage, start: Position)
     return state.params
 
 
+def advantages_of(group: RolloutGroup, *, c: GrpoConfig) -> list[float]:
+    rewards = [x.score.reward for x in group.rollouts]
+    return group_advantages(rewards, [x.completion.finished for x in group.rollouts], c=c.advantage).tolist()
+
+
 def credit(groups: Sequence[RolloutGroup], *, c: GrpoConfig) -> list[list[Sample]]:
     """Each rollout as prompt and completion with its advantage, by group; overlong ones are left out where filtered."""
     found = []
     for group in groups:
         samples: list[Sample] = []
         found.append(samples)
-        rewards = [x.score.reward for x in group.rollouts]
-        finished = [x.completion.finished for x in group.rollouts]
-        advantages = group_advantages(rewards, finished, c=c.advantage)
-        for rollout, advantage in zip(group.rollouts, advantages, strict=True):
+        for rollout, advantage in zip(group.rollouts, advantages_of(group, c=c), strict=True):
             if c.advantage.overlong_filter and not rollout.completion.finished:
                 continue
             before, after = group.prompt.token_ids, rollout.completion.token_ids
@@ -204,6 +213,11 @@ def describe(groups: Sequence[RolloutGroup], c: GrpoConfig, *, updates: int) -> 
     count = len(rollouts)
     lengths = [len(x.completion.token_ids) for x in rollouts]
     parts = sorted({k for x in rollouts for k in x.score.parts})
+    tasks: dict[str, list[float]] = {}
+    for group in groups:
+        task = str(group.prompt.args.get("task", group.prompt.verifier))
+        tasks.setdefault(task, []).extend(x.score.reward for x in group.rollouts)
+    by_task = {f"reward/{k}": sum(v) / len(v) for k, v in sorted(tasks.items())} if len(tasks) > 1 else {}
     mixed = sum(len({x.score.reward for x in g.rollouts}) > 1 for g in groups)
     behind = [-(-(updates - v) // c.updates_per_step) for x in rollouts for v in x.completion.versions]
     if max(behind) > c.max_staleness or min(behind) < 0:
@@ -214,6 +228,7 @@ def describe(groups: Sequence[RolloutGroup], c: GrpoConfig, *, updates: int) -> 
     return {
         "reward": sum(x.score.reward for x in rollouts) / count,
         **{k: sum(x.score.parts.get(k, 0.0) for x in rollouts) / count for k in parts},
+        **by_task,
         "mixed_groups": mixed / len(groups),
         "completion_tokens_mean": sum(lengths) / count,
         "completion_tokens_max": max(lengths),

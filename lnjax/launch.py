@@ -89,7 +89,7 @@ def _work(job: Job, console: Console, watchdog: Watchdog | None, notice: Notice 
     for name, mean in summary["eval"].items():
         low, high = summary["eval_interval"][name]
         console.print(f"held-out after {name:5} {mean:.3f}  (95 % interval {low:.3f} to {high:.3f})", highlight=False)
-    console.print(f"wrote {job.run_dir}/summary.json, metrics.jsonl, curve.png", highlight=False)
+    console.print(f"wrote {job.run_dir}/summary.json, metrics.jsonl, curve.png, report.html", highlight=False)
 
 
 if __name__ == "__main__":

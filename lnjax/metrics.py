@@ -48,6 +48,24 @@ COLUMNS: dict[str, tuple[str, str]] = {
 """Shown where a stage logs them: key -> (heading, format)."""
 
 
+class JsonLines:
+    """A file of one JSON object a line, each flushed. Where it does not write it only counts."""
+
+    def __init__(self, path: Path, *, keep: int, writes: bool):
+        """An existing file keeps its first `keep` lines. Raises CheckpointError when they are not there."""
+        self.kept = _keep_lines(path, keep) if writes else []
+        self.lines = keep
+        self._file = open(path if writes else os.devnull, "a", encoding="utf-8")  # noqa: SIM115
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        self.lines += 1
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class MetricsLog:
     """One JSON line a step, flushed; opening an existing file keeps its first `keep_lines` lines.
 
@@ -64,12 +82,10 @@ class MetricsLog:
         phases: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
     ):
         """`phases` hears of every phase."""
-        self._path = run_dir / "metrics.jsonl" if writes else Path(os.devnull)
+        self._file = JsonLines(run_dir / "metrics.jsonl", keep=keep_lines, writes=writes)
         self._phases_to = phases
         quiet = quiet or not writes
-        kept = _keep_lines(self._path, keep_lines) if writes else []
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
-        self.lines = keep_lines
+        kept = self._file.kept
         self.seconds: dict[str, float] = {}
         """Seconds by phase over the whole run, resumed parts included."""
         self.tokens: dict[str, int] = {}
@@ -90,6 +106,10 @@ class MetricsLog:
         )
         if self._live:
             self._live.start()
+
+    @property
+    def lines(self) -> int:
+        return self._file.lines
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -112,9 +132,7 @@ class MetricsLog:
         self._compiled = _compiled
         self._phases.clear()
         line = {"stage": stage, "step": step, **{k: _number(v) for k, v in values.items()}, "time": times}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
-        self.lines += 1
+        self._file.write(line)
         self._count(line)
         for key, value in line.items():
             if isinstance(value, (int, float)) and key != "step":

@@ -322,6 +322,20 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RecordConfig:
+    """Which rollouts RUN_DIR/rollouts.jsonl keeps for people to read; `python -m lnjax.report` shows them."""
+
+    per_doubling: int = 8
+    """Steps recorded while their number doubles (every step up to twice as many): 55 of 500, 89 of 10,000. 0: none."""
+    groups: int = 2
+    """Groups of such a step, drawn at random."""
+    samples: int = 8
+    """Completions of a group, the first ones."""
+    tokens: int = 512
+    """Tokens of a completion or a prompt; of longer ones the first and the last."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """One run: a model, then its training stages in order."""
 
@@ -345,5 +359,6 @@ class RunConfig:
     eval: EvalConfig | None = None
     """Held-out evaluation before the first stage and after each."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    record: RecordConfig = RecordConfig()
     cluster: ClusterConfig = ClusterConfig()
     """Deadlines between processes."""

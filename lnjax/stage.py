@@ -10,6 +10,7 @@ from lnjax.alive import Notice, Watchdog
 from lnjax.checkpoint.store import Checkpoints
 from lnjax.errors import Stopped
 from lnjax.metrics import MetricsLog
+from lnjax.record import RolloutRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class Stage:
     name: str
     store: Checkpoints
     log: MetricsLog
+    record: RolloutRecord
     every: int
     model: Mapping[str, Any]
     """config.json of the model, so that a checkpoint describes itself."""
@@ -62,6 +64,7 @@ class Stage:
                     "step": step,
                     "updates": int(jax.device_get(tree["state"].step)),
                     "metrics_lines": self.log.lines,
+                    "rollout_lines": self.record.lines,
                     "cursor": dict(cursor),
                     "evals": dict(self.evals),
                 },

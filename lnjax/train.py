@@ -20,7 +20,9 @@ from lnjax.evaluate import EvalResult, evaluate
 from lnjax.fit import check_fits
 from lnjax.metrics import MetricsLog, peak_memory_bytes, write_json
 from lnjax.models.hf import hf_config
-from lnjax.report import plot_run
+from lnjax.record import RolloutRecord
+from lnjax.report.curve import plot_run
+from lnjax.report.page import write_page
 from lnjax.rewards.first import FirstScores
 from lnjax.rewards.pool import build_reward
 from lnjax.schema import RunConfig
@@ -74,6 +76,9 @@ def run(c: RunConfig, run_dir: Path, *, watchdog: Watchdog, notice: Notice) -> d
         keep = saved["metrics_lines"] if saved else 0
         log = MetricsLog(run_dir, keep_lines=keep, writes=first, phases=watchdog.phase)
         stack.callback(log.close)
+        kept = saved["rollout_lines"] if saved else 0
+        record = RolloutRecord(run_dir, c=c.record, tokenizer=b.tokenizer, keep_lines=kept, writes=first)
+        stack.callback(record.close)
         stack.callback(store.close)
         pool = stack.enter_context(build_reward(c.reward))
         if first:
@@ -84,7 +89,7 @@ def run(c: RunConfig, run_dir: Path, *, watchdog: Watchdog, notice: Notice) -> d
         stack.callback(engine.close)
         if saved:
             log.note(f"resuming {run_dir} from checkpoint {latest}: {saved['stage']} step {saved['step']}")
-        r = Resources(log, store, engine, reward, publisher, streams)
+        r = Resources(log, store, engine, reward, publisher, streams, record)
         params, evals = _run_stages(b, r, saved=saved, watchdog=watchdog, notice=notice)
         store.wait()
         if c.checkpoint.export_hf:
@@ -94,6 +99,7 @@ def run(c: RunConfig, run_dir: Path, *, watchdog: Watchdog, notice: Notice) -> d
     if first:
         write_json(run_dir / "summary.json", summary)
         plot_run(run_dir)
+        write_page([run_dir], out=run_dir / "report.html")
     return summary
 
 
@@ -130,7 +136,7 @@ def _run_stages(
         _keep(evals, "init", evaluate(b, r, after="init", step=0, params=params))
     for index in range(first, len(stages)):
         name, config = stages[index]
-        stage = Stage(name, r.store, r.log, c.checkpoint.every, described, evals, watchdog, notice)
+        stage = Stage(name, r.store, r.log, r.record, c.checkpoint.every, described, evals, watchdog, notice)
         here = saved if index == first else None
         source = functools.partial(lambda p: p, params)
         start = Position(source, updates, here["step"] if here else 0, here)

@@ -19,6 +19,7 @@ FLOORS = [
     {"ops"},
     {"models", "learn"},
     {"data", "rollout", "rewards", "checkpoint"},
+    {"record"},
     {"score", "stage", "fit"},
     {"build"},
     {"source", "parity"},
@@ -28,7 +29,7 @@ FLOORS = [
     {"slurm", "planner"},
     {"launch", "plan", "convert", "serve"},
 ]
-ROOMS = {"models", "learn", "ops", "data", "rollout", "rewards", "checkpoint", "planner"}
+ROOMS = {"models", "learn", "ops", "data", "rollout", "rewards", "checkpoint", "planner", "report"}
 NO_JAX = {
     "errors.py",
     "architecture.py",
@@ -57,7 +58,7 @@ GUESTS = {
     "tensorboardX": "metrics.py",
     "rich": ("metrics.py", "launch.py", "plan.py", "planner"),
     "tyro": ("config.py", "schema.py"),
-    "matplotlib": "report.py",
+    "matplotlib": "report",
     "math_verify": "rewards",
     "nltk": "rewards",
     "httpx": ("rollout", "rewards"),

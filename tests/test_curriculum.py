@@ -3,7 +3,7 @@
 import pytest
 
 from lnjax.data.arithmetic import arithmetic_rows, pass_rate
-from lnjax.data.curriculum import allocate, curriculum_order, order_prompts
+from lnjax.data.curriculum import allocate, curriculum_order, describe_batch, order_prompts
 from lnjax.data.rows import to_prompt
 from lnjax.data.streams import build_prompt_stream
 from lnjax.data.tokenizer import load_tokenizer
@@ -97,6 +97,19 @@ def test_a_prompt_without_a_pass_rate_or_with_a_wrong_one_is_named():
             prompts([wrong])
     with pytest.raises(ConfigError, match=r"1 of 2 prompts are below drop_at=0\.75, fewer than"):
         order_prompts(prompts([0.5, 0.75]), batch_size=2, c=CurriculumConfig(), seed=0)
+
+
+def test_a_batch_is_described_by_target_mean_and_shares():
+    c = CurriculumConfig(start=0.5, end=0.0, bins=4)
+    assert describe_batch([0.0, 0.25, 0.25, 0.7], batch=1, num_batches=3, c=c) == {
+        "pass_rate_target": 0.25,
+        "pass_rate": 0.3,
+        "pass_rate/0": 0.25,
+        "pass_rate/0.25": 0.5,
+        "pass_rate/0.75": 0.25,
+    }
+    again = describe_batch([0.0], batch=3, num_batches=3, c=c)  # the order begins again
+    assert again["pass_rate_target"] == 0.5
 
 
 def test_a_stream_over_a_curriculum_goes_on_from_its_cursor_and_begins_again_at_its_end():

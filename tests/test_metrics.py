@@ -8,7 +8,7 @@ import pytest
 
 from lnjax.errors import CheckpointError, DataError
 from lnjax.metrics import MetricsLog, clock, write_json
-from lnjax.report import plot_run
+from lnjax.report.curve import plot_run
 
 
 def lines_of(folder):

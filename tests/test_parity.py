@@ -42,7 +42,7 @@ class Case:
         c = EmbeddedConfig(num_slots=8, max_len=64, prefill_rows=8, prefill_multiple=64, dtype="float32")
         self.engine = EmbeddedEngine(self.b.model, c=c, key=jax.random.key(0))
         self.folder = folder
-        r = Resources(None, None, self.engine, None, self.publisher, {})  # type: ignore[arg-type]
+        r = Resources(None, None, self.engine, None, self.publisher, {}, None)  # type: ignore[arg-type]
         self.parity = Parity(
             self.b, r, grpo, logprobs=jax.jit(_logprobs_program(self.b), static_argnames="temperature")
         )

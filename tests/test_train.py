@@ -41,6 +41,21 @@ def metrics(folder):
     return [{k: v for k, v in line.items() if k != "time"} for line in metrics_with_times(folder)]
 
 
+def rollouts(folder):
+    return (folder / "rollouts.jsonl").read_text().splitlines()
+
+
+def test_the_rollouts_of_a_run_are_recorded_with_the_weights_that_made_them(finished):
+    groups = [json.loads(x) for x in rollouts(finished)]
+    assert [g["step"] for g in groups] == [s for s in range(1, 11) for _ in range(2)]
+    for g in groups:
+        assert (g["num_groups"], g["num_rollouts"], len(g["rollouts"])) == (8, 4, 4)
+        for x in g["rollouts"]:
+            assert x["versions"] == [[8 + 2 * g["step"], x["tokens"]]]
+            assert len(x["texts"]) == len(x["logprobs"]) == x["tokens"]
+    assert any(x["advantage"] > 0 for g in groups for x in g["rollouts"])
+
+
 def final_arrays(folder):
     """Every array of the last checkpoint, as bytes."""
     store = Checkpoints(folder / "checkpoints", keep=9)
@@ -74,6 +89,7 @@ def test_a_run_writes_what_a_person_looks_for(finished):
     assert summary["tokens"]["grpo.sample_tokens"] > 1000
     assert summary["peak_memory_bytes"]["host"] > 1e8
     assert (finished / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert (finished / "report.html").read_text().startswith("<!doctype html>")
     assert any((finished / "tb").iterdir())
     assert {p.name for p in (finished / "hf").iterdir()} == {
         "config.json",
@@ -104,6 +120,7 @@ def test_the_same_command_gives_the_same_metrics_but_for_times(finished, tmp_pat
     run("--config", "tiny_grpo", "--run-dir", tmp_path / "again")
     assert metrics(tmp_path / "again") == metrics(finished)
     assert final_arrays(tmp_path / "again") == final_arrays(finished)
+    assert rollouts(tmp_path / "again") == rollouts(finished)
 
 
 @pytest.mark.slow
@@ -145,6 +162,7 @@ def test_kill_9_at_ten_random_moments_changes_nothing(finished, tmp_path):
         run("--config", "tiny_grpo", "--run-dir", folder)
         assert metrics(folder) == metrics(finished)
         assert final_arrays(folder) == final_arrays(finished)
+        assert rollouts(folder) == rollouts(finished)
         ours, whole = (json.loads((f / "summary.json").read_text()) for f in (folder, finished))
         assert ours["eval"] == whole["eval"]
 
@@ -159,6 +177,8 @@ def test_more_steps_go_on_where_the_run_ended(finished, tmp_path):
     lines = metrics(folder)
     assert [x["step"] for x in lines if x["stage"] == "grpo"] == list(range(1, 13))
     assert lines[:22] == metrics(finished)[:22]
+    assert rollouts(folder)[:20] == rollouts(finished)
+    assert len(rollouts(folder)) == 24
 
 
 def test_the_trained_weights_start_another_run(finished, tmp_path):

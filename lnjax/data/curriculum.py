@@ -19,6 +19,7 @@ more, the same order begins again. A stream over it has one index for its state,
 
 import math
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from lnjax.errors import ConfigError, DataError
@@ -39,16 +40,30 @@ def curriculum_order(
         random.Random(f"curriculum/{seed}/bin/{k}").shuffle(pool)
     pools = {k / c.bins: bins[k] for k in sorted(bins)}
     fit = (len(rates) - len(dropped)) // batch_size
-    steps = max(1, (c.batches or fit) - 1)
     batches = []
     for b in range(fit):
-        centre = c.start + (c.end - c.start) * min(1.0, b / steps)
+        centre = centre_of(b, num_batches=fit, c=c)
         left = {rate: len(pool) for rate, pool in pools.items()}
         counts = allocate(left, batch_size=batch_size, centre=centre, sigma=c.sigma)
         batch = [pools[rate].pop() for rate, count in counts.items() for _ in range(count)]
         random.Random(f"curriculum/{seed}/batch/{b}").shuffle(batch)
         batches.append(batch)
     return batches, dropped
+
+
+def centre_of(batch: int, *, num_batches: int, c: CurriculumConfig) -> float:
+    """Centre of a batch's target, in pass rate; `num_batches` are all that the prompts fill."""
+    return c.start + (c.end - c.start) * min(1.0, batch / max(1, (c.batches or num_batches) - 1))
+
+
+def describe_batch(rates: Sequence[float], *, batch: int, num_batches: int, c: CurriculumConfig) -> dict[str, float]:
+    """Target and actual of one batch: the centre, the mean pass rate, and the share of prompts in each bin they are in."""
+    bins = Counter(math.floor(rate * c.bins + 0.5) / c.bins for rate in rates)
+    return {
+        "pass_rate_target": centre_of(batch % num_batches, num_batches=num_batches, c=c),
+        "pass_rate": sum(rates) / len(rates),
+        **{f"pass_rate/{k:g}": bins[k] / len(rates) for k in sorted(bins)},
+    }
 
 
 def allocate(left: Mapping[float, int], *, batch_size: int, centre: float, sigma: float) -> dict[float, int]:

@@ -73,6 +73,19 @@ class Tokenizer:
             ids = [i for i in ids if i not in hidden]
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Text of each token, special ones too; together they are the whole text. Where several tokens make one character,
+        the last one has it."""
+        texts: list[str] = []
+        held: list[int] = []
+        for i, token in enumerate(ids, start=1):
+            held.append(token)
+            text = self.decode(held, skip_special=False)
+            whole = not text.endswith("\ufffd") or len(held) == 4 or i == len(ids)  # UTF-8 takes four bytes at most
+            texts.append(text if whole else "")
+            held = [] if whole else held
+        return texts
+
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
         """Messages {role, content} through the chat template. Raises TemplateError when the template refuses."""
         try:

@@ -1,14 +1,11 @@
-"""python -m lnjax.report RUN_DIR: the learning curve as one picture, from metrics.jsonl alone."""
+"""The learning curve as one picture, from metrics.jsonl alone."""
 
-import json
-import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 
-from lnjax.errors import DataError, LnjaxError
+from lnjax.report.read import Lines, read_run
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -25,12 +22,11 @@ CURVES = {
     "reward_model": ("loss", "Reward model: loss", BLUE),
 }
 """What is drawn of each stage: key, title, color."""
-Lines = Sequence[Mapping[str, Any]]
 
 
 def plot_run(run_dir: Path) -> Path:
     """Draw RUN_DIR/curve.png. Raises DataError without metrics."""
-    lines = _read(run_dir / "metrics.jsonl")
+    lines = read_run(run_dir).metrics
     stages = [s for s in CURVES if any(x["stage"] == s for x in lines)]
     evals = [x for x in lines if x["stage"] == "eval"]
     panels = len(stages) + bool(evals)
@@ -51,20 +47,6 @@ def plot_run(run_dir: Path) -> Path:
         figure.savefig(target, dpi=130)
         plt.close(figure)
     return target
-
-
-def _read(path: Path) -> Lines:
-    if not path.is_file():
-        raise DataError(f"{path}: missing; give the folder of a run")
-    lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            lines.append(json.loads(text))
-        except ValueError as error:
-            raise DataError(f"{path}:{number}: not valid JSON ({error})") from error
-    if not lines:
-        raise DataError(f"{path}: no lines yet; the run has not done a step")
-    return lines
 
 
 def _curve(axis: Any, rows: Lines, *, key: str, color: str) -> None:
@@ -89,19 +71,3 @@ def _bars(axis: Any, evals: Lines) -> None:
         axis.annotate(f"{mean:.2f}", (place, high), xytext=(0, 4), textcoords="offset points", ha="center", color=INK)
     axis.set_xticks(range(len(evals)), [TITLES.get(x["after"], x["after"]) for x in evals])
     axis.set(title=f"Held-out accuracy ({evals[-1]['num_prompts']} prompts)", ylim=(0, 1.08))
-
-
-def main(argv: Sequence[str]) -> int:
-    if len(argv) != 1 or argv[0].startswith("-"):
-        print("usage: python -m lnjax.report RUN_DIR   (draws RUN_DIR/curve.png)")
-        return 0 if argv in (["-h"], ["--help"]) else 2
-    try:
-        print(plot_run(Path(argv[0])))
-        return 0
-    except LnjaxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
