@@ -20,12 +20,12 @@ FLOORS = [
     {"models", "learn"},
     {"data", "rollout", "rewards", "checkpoint"},
     {"build", "score", "stage", "fit"},
-    {"source", "parity"},
+    {"source", "parity", "sampler"},
     {"evaluate", "sft", "grpo"},
     {"report"},
     {"train", "flags"},
     {"slurm", "planner"},
-    {"launch", "plan", "convert", "serve"},
+    {"launch", "plan", "convert", "serve", "passrate"},
 ]
 ROOMS = {"models", "learn", "ops", "data", "rollout", "rewards", "checkpoint", "planner"}
 NO_JAX = {
@@ -54,7 +54,7 @@ GUESTS = {
     "tensorboardX": "metrics.py",
     "rich": ("metrics.py", "launch.py", "plan.py", "planner"),
     "tyro": ("config.py", "schema.py"),
-    "matplotlib": "report.py",
+    "matplotlib": ("report.py", "passrate.py"),
     "math_verify": "rewards",
     "nltk": "rewards",
     "httpx": ("rollout", "rewards"),

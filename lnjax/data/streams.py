@@ -90,7 +90,7 @@ def build_prompt_stream(
 
     With a curriculum the stream is its batches of `batch_size`, one after the other.
     """
-    rows = _prompt_rows(c)
+    rows = prompt_rows(c)
     with progress(f"prompts of {c.source}", total=len(rows), unit="prompts") as advance:
         prompts = []
         for where, row in rows:
@@ -129,7 +129,8 @@ def build_sft_stream(c: SftConfig, tokenizer: Tokenizer, *, seed: int) -> SftStr
     return SftStream(samples, c=c, seed=seed)
 
 
-def _prompt_rows(c: PromptConfig) -> list[tuple[str, Row]]:
+def prompt_rows(c: PromptConfig) -> list[tuple[str, Row]]:
+    """(name, row) of every prompt, in the order of the source."""
     generated = c.source in ("arithmetic", "ifeval") or c.source.startswith(REASONING_GYM)
     if generated and c.num_prompts < 1:
         raise ConfigError(f"num_prompts must be at least 1 for the generated source {c.source!r}")
