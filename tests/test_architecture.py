@@ -57,6 +57,8 @@ GUESTS = {
     "matplotlib": ("report.py", "passrate.py"),
     "math_verify": "rewards",
     "nltk": "rewards",
+    "jsonschema": "rewards",
+    "referencing": "rewards",
     "httpx": ("rollout", "rewards"),
     "torch": (),  # these three only in PLUGIN
     "vllm": (),
@@ -156,7 +158,7 @@ def test_a_server_process_starts_without_jax():
 
 
 def test_workers_of_the_reward_pool_never_import_jax():
-    for name in ("worker", "verifiers", "protocol", "format", "ifeval", "judge", "rule_judge"):
+    for name in ("worker", "verifiers", "protocol", "format", "ifeval", "judge", "rule_judge", "tool_call"):
         text = (PACKAGE / "rewards" / f"{name}.py").read_text(encoding="utf-8")
         assert not [n for n in imports(text) if n.split(".")[0] == "jax" or n.startswith("lnjax.types")]
 

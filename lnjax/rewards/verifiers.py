@@ -45,10 +45,34 @@ def ifeval(answer: str, args: Mapping[str, Any]) -> Mapping[str, float]:
     return {"accuracy": sum(verdicts) / len(verdicts), "strict": float(all(verdicts))}
 
 
-VERIFIERS: dict[str, Verifier] = {"integer": integer, "math": math, "reasoning_gym": reasoning_gym, "ifeval": ifeval}
+def tool_call(answer: str, args: Mapping[str, Any]) -> Mapping[str, float]:
+    """args: tools, and the right `calls` [{name, arguments}] or `wanted` (lnjax/rewards/tool_call.py). [] wants none."""
+    from lnjax.rewards.tool_call import allowed_of, parse_calls, right, valid  # noqa: PLC0415
+
+    try:
+        calls = parse_calls(answer)
+    except (ValueError, RecursionError):
+        return {"accuracy": 0.0, "valid": 0.0}
+    wanted = args["wanted"] if "wanted" in args else [allowed_of(call) for call in args["calls"]]
+    fits = valid(calls, args["tools"])
+    return {"accuracy": float(fits and right(calls, wanted)), "valid": float(fits)}
+
+
+VERIFIERS: dict[str, Verifier] = {
+    "integer": integer,
+    "math": math,
+    "reasoning_gym": reasoning_gym,
+    "ifeval": ifeval,
+    "tool_call": tool_call,
+}
 
 JUDGE = "judge"
 """Asks a language model (lnjax/rewards/judge.py) instead of a worker. args: answer or expected_answer."""
 
-WARM = {"math": "math_verify", "reasoning_gym": "reasoning_gym", "ifeval": "lnjax.rewards.ifeval"}
+WARM = {
+    "math": "math_verify",
+    "reasoning_gym": "reasoning_gym",
+    "ifeval": "lnjax.rewards.ifeval",
+    "tool_call": "lnjax.rewards.tool_call",
+}
 """What a worker imports before it says that it is ready, so that no deadline pays for it."""
