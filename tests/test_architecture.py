@@ -21,6 +21,7 @@ FLOORS = [
     {"data", "rollout", "rewards", "checkpoint"},
     {"build", "score", "stage", "fit"},
     {"source", "parity", "sampler"},
+    {"benchmark"},
     {"evaluate", "sft", "grpo"},
     {"report"},
     {"train", "flags"},
@@ -52,7 +53,7 @@ GUESTS = {
     "grain": "data",
     "jinja2": "data",
     "tensorboardX": "metrics.py",
-    "rich": ("metrics.py", "launch.py", "plan.py", "planner"),
+    "rich": ("metrics.py", "launch.py", "plan.py", "planner", "benchmark.py"),
     "tyro": ("config.py", "schema.py"),
     "matplotlib": ("report.py", "passrate.py"),
     "math_verify": "rewards",
@@ -158,7 +159,18 @@ def test_a_server_process_starts_without_jax():
 
 
 def test_workers_of_the_reward_pool_never_import_jax():
-    for name in ("worker", "verifiers", "protocol", "format", "ifeval", "judge", "rule_judge", "tool_call"):
+    for name in (
+        "worker",
+        "verifiers",
+        "protocol",
+        "format",
+        "ifeval",
+        "judge",
+        "rule_judge",
+        "tool_call",
+        "code",
+        "sandbox",
+    ):
         text = (PACKAGE / "rewards" / f"{name}.py").read_text(encoding="utf-8")
         assert not [n for n in imports(text) if n.split(".")[0] == "jax" or n.startswith("lnjax.types")]
 

@@ -1,13 +1,11 @@
 """Pass rates from a tiny model: the file, going on with it, refusing another's, and the curriculum it makes."""
 
-import dataclasses
 import json
 
 import pytest
 
 from lnjax import passrate
-from lnjax.config import load_config
-from lnjax.data.streams import build_prompt_stream
+from lnjax.data.streams import build_prompt_stream, prompt_rows
 from lnjax.data.tokenizer import load_tokenizer
 from lnjax.schema import CurriculumConfig, PromptConfig
 
@@ -26,11 +24,12 @@ def measured(tmp_path_factory):
 
 def test_every_row_of_the_source_gets_its_rate_and_what_measured_it(measured):
     rows = [json.loads(line) for line in measured.read_text().splitlines()]
-    source = passrate.prompt_rows(PromptConfig(source="ifeval", num_prompts=20))
+    source = prompt_rows(PromptConfig(source="ifeval", num_prompts=20))
     assert [row["input"] for row in rows] == [row["input"] for _, row in source]
     assert all(0 <= row["pass_rate"] <= 1 for row in rows)
     assert {row["measured"]["model"] for row in rows} == {"random"}
     assert {row["measured"]["samples"] for row in rows} == {4}
+    assert {len(row["measured"]["weights"]) for row in rows} == {16}
     assert measured.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -47,7 +46,8 @@ def test_a_stopped_measurement_goes_on_to_the_same_bytes_and_drops_half_a_line(m
     [
         (["--samples", "2"], "samples was 4, is 2"),
         ([*SAMPLES, "--grpo.sampling.temperature", "0.5"], "config was"),
-        ([*SAMPLES, "--seed", "1"], "weights was"),
+        ([*SAMPLES, "--grpo.prompts.seed", "1"], "rows was"),
+        ([*SAMPLES, "--model.source", "elsewhere"], "model was 'random', is 'elsewhere'"),
     ],
 )
 def test_a_file_of_another_model_or_config_is_refused_by_name(measured, tmp_path, capsys, words, named):
@@ -55,14 +55,6 @@ def test_a_file_of_another_model_or_config_is_refused_by_name(measured, tmp_path
     assert passrate.main([*WORDS, *words, "--out", str(measured), "--run-dir", str(tmp_path)]) == 2
     assert named in capsys.readouterr().err
     assert measured.read_bytes() == before
-
-
-def test_rows_that_changed_since_are_refused(measured, tmp_path):
-    c = load_config("tiny_grpo")
-    rows = [json.loads(line) for line in measured.read_text().splitlines()]
-    other = passrate.prompt_rows(dataclasses.replace(c.grpo.prompts, num_prompts=20, seed=5))
-    with pytest.raises(passrate.DataError, match=r"is not ifeval/train/0 of grpo\.prompts, whose rows have changed"):
-        passrate.finished_rates(measured, other, measured=rows[0]["measured"])
 
 
 def test_the_measured_file_is_a_source_for_a_curriculum(measured):
@@ -74,7 +66,8 @@ def test_the_measured_file_is_a_source_for_a_curriculum(measured):
 
 
 def test_a_count_or_a_config_that_cannot_work_exits_2(capsys):
-    assert passrate.main([*WORDS, "--samples", "none"]) == 2
-    assert "--samples none: expected a number, at least 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        passrate.main([*WORDS, "--samples", "none"])
+    assert "argument --samples: invalid int value: 'none'" in capsys.readouterr().err
     assert passrate.main(["--config", "tiny_sft"]) == 2
     assert "tiny_sft has no grpo stage" in capsys.readouterr().err

@@ -17,8 +17,8 @@ WEATHER = {
     "name": "weather",
     "description": "Weather of a city",
     "parameters": {
-        "type": "dict",
-        "properties": {"city": {"type": "string"}, "days": {"type": "integer"}, "where": {"type": "tuple"}},
+        "type": "object",
+        "properties": {"city": {"type": "string"}, "days": {"type": "integer"}, "where": {"type": "array"}},
         "required": ["city"],
     },
 }
@@ -111,9 +111,8 @@ HOSTILE = [
     ("<TOOLCALL>[]</TOOLCALL><TOOLCALL>[]</TOOLCALL>", "expected one"),
     ("</TOOLCALL>[]<TOOLCALL>", "Expecting value"),
     ("<TOOLCALL>[\ud800\udfff\ufffd]</TOOLCALL>", "Expecting value"),
-    ("<TOOLCALL>[NaN]</TOOLCALL>", "NaN is not JSON"),
+    ("<TOOLCALL>[NaN]</TOOLCALL>", "a call is an object"),
     (f"<TOOLCALL>[{'9' * 60_000}]</TOOLCALL>", "integer string conversion"),
-    ('<TOOLCALL>[{"name": "f", "name": "g", "arguments": {}}]</TOOLCALL>', "a key stands twice"),
     ('<TOOLCALL>[{"name": "f", "arguments": "{}"}]</TOOLCALL>', "an object of arguments"),
     ('<TOOLCALL>{"name": "f", "arguments": {}}</TOOLCALL>', "expected a list"),
     (f"<TOOLCALL>[{', '.join(['{}'] * 65)}]</TOOLCALL>", "at most 64 calls"),

@@ -8,6 +8,7 @@ for case, spaces and punctuation, and the order of calls is free.
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from jsonschema.validators import Draft202012Validator
@@ -16,8 +17,6 @@ from referencing import Registry
 OPEN, CLOSE = "<TOOLCALL>", "</TOOLCALL>"
 MAX_CHARACTERS, MAX_DEPTH, MAX_CALLS = 65_536, 32, 64
 PUNCTUATION = re.compile(r"[ ,./\-_*^']")
-TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": None}
-"""Of the leaderboard's schemas, which are not quite JSON schema."""
 
 
 def parse_calls(answer: str) -> list[dict[str, Any]]:
@@ -29,13 +28,10 @@ def parse_calls(answer: str) -> list[dict[str, Any]]:
     body = answer.partition(OPEN)[2].partition(CLOSE)[0]
     if len(body) > MAX_CHARACTERS:
         raise ValueError(f"calls of {len(body)} characters, at most {MAX_CHARACTERS} are read")
-    depth = deepest = 0
-    for character in body:
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(character, 0)
-        deepest = max(deepest, depth)
+    deepest = max(accumulate({"[": 1, "{": 1, "]": -1, "}": -1}.get(character, 0) for character in body), default=0)
     if deepest > MAX_DEPTH:
         raise ValueError(f"calls nested {deepest} deep, at most {MAX_DEPTH} are read")
-    calls = json.loads(body, object_pairs_hook=_object, parse_constant=_refuse)
+    calls = json.loads(body)
     if not isinstance(calls, list) or len(calls) > MAX_CALLS:
         raise ValueError(f"expected a list of at most {MAX_CALLS} calls")
     for call in calls:
@@ -48,28 +44,13 @@ def parse_calls(answer: str) -> list[dict[str, Any]]:
 
 def valid(calls: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> bool:
     """Every call names a tool and its arguments fit that tool's schema. A schema refers to nothing outside itself."""
-    schemas = {tool["name"]: json_schema(tool.get("parameters", {})) for tool in tools}
+    schemas = {tool["name"]: tool.get("parameters", {}) for tool in tools}
     return all(
         isinstance(call["name"], str)
         and call["name"] in schemas
         and Draft202012Validator(schemas[call["name"]], registry=Registry()).is_valid(call["arguments"])
         for call in calls
     )
-
-
-def json_schema(value: Any) -> Any:
-    """A schema with the leaderboard's types replaced by JSON's."""
-    if isinstance(value, list):
-        return [json_schema(x) for x in value]
-    if not isinstance(value, dict):
-        return value
-    kind = value.get("type")
-    found = {k: json_schema(v) for k, v in value.items()}
-    if isinstance(kind, str) and kind.lower() in TYPES:
-        found["type"] = TYPES[kind.lower()]
-        if found["type"] is None:
-            del found["type"]
-    return found
 
 
 def right(calls: Sequence[Mapping[str, Any]], wanted: Sequence[Mapping[str, Any]]) -> bool:
@@ -111,14 +92,3 @@ def _same(got: Any, wanted: Any) -> bool:
     if isinstance(got, str) and isinstance(wanted, str):
         return PUNCTUATION.sub("", got).lower() == PUNCTUATION.sub("", wanted).lower()
     return isinstance(got, bool) == isinstance(wanted, bool) and got == wanted
-
-
-def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key stands twice in one object")
-    return found
-
-
-def _refuse(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
