@@ -133,7 +133,7 @@ def by_reference(checkers, text, name, kwargs) -> bool:
     return bool(text.strip()) and bool(checker.check_following(text))
 
 
-DIFFERENT = {"length_constraints:number_sentences": 3}
+DIFFERENT = {"length_constraints:number_sentences": 1, "change_case:capital_word_frequency": 1}
 
 
 def test_verdicts_are_those_of_the_reference_on_1500_responses_but_for_a_few_whose_words_or_sentences_are_split(
@@ -199,7 +199,7 @@ def test_ten_instructions_can_be_followed_together():
     ]
     kwargs = [{k: values[0] for k, values in KINDS[name][0].items()} for name in names]
     text = (
-        "<<a river>>\nthe light of [name] falls on the river where people walk.\n***\n* one point here\n* two points here\n"
+        "<<a river>>\nthe light of [name] falls on [place] where people walk.\n***\n* one point here\n* two points here\n"
         "\np.s. remember the boats.\nis there anything else i can help with?"
     )
     assert followed(text, names, kwargs) == [True] * 10

@@ -17,7 +17,7 @@ from lnjax.schema import RewardConfig
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is made of Linux namespaces")
 
 
-def run(source: str, *, stdin: str = "", deadline_s: float = 20.0):
+def run(source: str, *, stdin: str = "", deadline_s: float = 120.0):
     return run_program(source, stdin=stdin, deadline_s=deadline_s)
 
 
@@ -52,7 +52,7 @@ def test_a_program_reads_stdin_writes_stdout_and_uses_threads():
         "import os; os.unshare(os.CLONE_NEWUSER)",
         "import os; os.fork()",
         "import subprocess; subprocess.run(['true'], check=True)",
-        "import os; os.kill(1, 9); os.kill(1, 0); print('alive'); raise SystemExit(1)",
+        "import os; os.kill(1, 9); os.kill(int(os.readlink('/proc/self')) + 1, 0)",
         "import os; os.listdir('/run')[0]",
         "x = bytearray(3 << 30)",
         "import ctypes; assert ctypes.CDLL(None).mount(b'none', b'/mnt', b'tmpfs', 0, None) == 0",
@@ -122,19 +122,25 @@ class Solution:
         (METHOD, CALLED, (True, "")),
         (METHOD.replace("x + y", "x"), CALLED, (False, "test 0: another output")),
         ("```\n1/0\n```", CALLED, (False, "test 0: ended with status 1")),
-        ("```\ndef add(xs, y): return xs\nprint('[4, 5]')\nimport os; os._exit(0)\n```", CALLED, (True, "")),
+        (
+            "```\ndef add(xs, y): return xs\nprint('[4, 5]', flush=True)\nimport os; os._exit(0)\n```",
+            CALLED,
+            (True, ""),
+        ),
     ],
 )
 def test_code_is_right_when_every_test_is_met(answer, tests, verdict):
     """The last case knows the answer without being told: a program that prints what is wanted is right."""
-    assert passes(answer, tests=tests, function="add", deadline_s=60) == verdict
+    assert passes(answer, tests=tests, function="add", deadline_s=300) == verdict
 
 
 def test_an_infinite_loop_scores_0_and_the_next_completion_is_scored():
     loop = "```python\nwhile True: pass\n```"
     args = {"tests": STDIN, "deadline_s": 1.5}
     requests = [ScoreRequest("code", args, True, text, True) for text in (loop, loop)]
-    requests.append(ScoreRequest("code", {"tests": STDIN}, True, f"<think>{loop}</think>{ADD}", True))
-    with build_reward(RewardConfig(num_workers=1, deadline_s=60)) as reward:
+    requests.append(
+        ScoreRequest("code", {"tests": STDIN, "deadline_s": 300.0}, True, f"<think>{loop}</think>{ADD}", True)
+    )
+    with build_reward(RewardConfig(num_workers=1, deadline_s=400)) as reward:
         scores = reward.score(requests)
     assert [s.reward for s in scores] == [0.0, 0.0, 1.0]

@@ -9,77 +9,48 @@ from lnjax.data.ifeval_prompts import KEYWORDS, REQUESTS, TOPICS
 from lnjax.errors import DataError
 
 MAX_INSTRUCTIONS = 10
-END = "Is there anything else I can help with?"
 AT = ("less than", "at least")
+_LENGTH, _FORMAT, _COUNTS = "length_constraints", "detectable_format", (2, 3)
 KINDS: dict[str, tuple[dict[str, Any], str]] = {
-    "keywords:existence": ({"keywords": [[w] for w in KEYWORDS[:6]]}, 'Include the word "{keywords[0]}".'),
+    "keywords:existence": ({"keywords": [[w] for w in KEYWORDS[:6]]}, "Include the word {keywords[0]}."),
     "keywords:frequency": (
-        {"keyword": KEYWORDS[6:9], "frequency": (2, 3), "relation": AT[1:]},
-        'Use the word "{keyword}" at least {frequency} times.',
+        {"keyword": KEYWORDS[6:9], "frequency": _COUNTS, "relation": AT[1:]}, "Say {keyword} {frequency} times."
     ),
     "keywords:forbidden_words": ({"forbidden_words": [[w] for w in KEYWORDS[9:]]}, "Never say {forbidden_words[0]}."),
     "keywords:letter_frequency": (
         {"letter": tuple("aeiot"), "let_frequency": (4, 8), "let_relation": AT[1:]},
-        "The letter {letter} should appear at least {let_frequency} times.",
+        "Have the letter {letter} {let_frequency} times.",
     ),
-    "language:response_language": (
-        {"language": ("de", "es", "fr")},
-        "Answer in the language whose code is {language}.",
-    ),
-    "length_constraints:number_sentences": (
-        {"num_sentences": (5, 9), "relation": AT},
-        "Use {relation} {num_sentences} sentences.",
-    ),
-    "length_constraints:number_paragraphs": (
-        {"num_paragraphs": (2, 3)},
-        "Write {num_paragraphs} paragraphs, with *** between them.",
-    ),
-    "length_constraints:number_words": ({"num_words": (60, 100), "relation": AT}, "Use {relation} {num_words} words."),
-    "length_constraints:nth_paragraph_first_word": (
-        {"num_paragraphs": (2, 3), "nth_paragraph": (1, 2), "first_word": ("sometimes", "often", "people")},
+    "language:response_language": ({"language": ("de", "es", "fr")}, "Answer in the language whose code is {language}."),
+    f"{_LENGTH}:number_sentences": ({"num_sentences": (5, 9), "relation": AT}, "Use {relation} {num_sentences} sentences."),
+    f"{_LENGTH}:number_paragraphs": ({"num_paragraphs": _COUNTS}, "Write {num_paragraphs} paragraphs, with *** between them."),
+    f"{_LENGTH}:number_words": ({"num_words": (60, 100), "relation": AT}, "Use {relation} {num_words} words."),
+    f"{_LENGTH}:nth_paragraph_first_word": (
+        {"num_paragraphs": _COUNTS, "nth_paragraph": (1, 2), "first_word": ("sometimes", "often", "people")},
         "Write {num_paragraphs} paragraphs with an empty line between them; number {nth_paragraph} starts with {first_word}.",
     ),
-    "detectable_content:number_placeholders": (
-        {"num_placeholders": (1, 2)},
-        "Put at least {num_placeholders} placeholders in square brackets, such as [name].",
+    "detectable_content:number_placeholders": ({"num_placeholders": _COUNTS}, "Have {num_placeholders} gaps such as [name]."),
+    "detectable_content:postscript": ({"postscript_marker": ("P.S.",)}, "Add a postscript that starts with {postscript_marker}"),
+    f"{_FORMAT}:number_bullet_lists": ({"num_bullets": _COUNTS}, "Have exactly {num_bullets} bullet points that start with *."),
+    f"{_FORMAT}:constrained_response": ({}, "Answer one of: My answer is yes. My answer is no. My answer is maybe."),
+    f"{_FORMAT}:number_highlighted_sections": ({"num_highlights": _COUNTS}, "Mark {num_highlights} parts *like this*."),
+    f"{_FORMAT}:multiple_sections": (
+        {"section_spliter": ("Section",), "num_sections": _COUNTS},
+        "Have {num_sections} parts, headed {section_spliter} 1 and so on.",
     ),
-    "detectable_content:postscript": (
-        {"postscript_marker": ("P.S.",)},
-        "Add a postscript that starts with {postscript_marker}",
-    ),
-    "detectable_format:number_bullet_lists": (
-        {"num_bullets": (2, 3)},
-        "Have exactly {num_bullets} bullet points that start with *.",
-    ),
-    "detectable_format:constrained_response": (
-        {},
-        "Answer with one of these: My answer is yes. My answer is no. My answer is maybe.",
-    ),
-    "detectable_format:number_highlighted_sections": (
-        {"num_highlights": (1, 2)},
-        "Mark at least {num_highlights} *parts* so.",
-    ),
-    "detectable_format:multiple_sections": (
-        {"section_spliter": ("Section",), "num_sections": (2, 3)},
-        "Have {num_sections} sections, headed {section_spliter} 1, {section_spliter} 2 and so on.",
-    ),
-    "detectable_format:json_format": ({}, "The whole answer should be JSON."),
-    "detectable_format:title": ({}, "Give it a title in double angular brackets, such as <<A title>>."),
+    f"{_FORMAT}:json_format": ({}, "The whole answer should be JSON."),
+    f"{_FORMAT}:title": ({}, "Give it a title in double angular brackets, such as <<A title>>."),
     "combination:two_responses": ({}, "Give two different answers with ****** between them."),
-    "combination:repeat_prompt": (
-        {"prompt_to_repeat": ()},
-        "First repeat the sentence before this one, word for word.",
-    ),
-    "startend:end_checker": ({"end_phrase": (END,)}, "End with exactly: {end_phrase}"),
+    "combination:repeat_prompt": ({"prompt_to_repeat": ()}, "First repeat the sentence before this one, word for word."),
+    "startend:end_checker": ({"end_phrase": ("Is there anything else I can help with?",)}, "End with exactly: {end_phrase}"),
     "startend:quotation": ({}, "Wrap the whole answer in double quotation marks."),
     "change_case:capital_word_frequency": (
-        {"capital_frequency": (1, 2), "capital_relation": AT[1:]},
-        "Write at least {capital_frequency} words in capital letters only.",
+        {"capital_frequency": _COUNTS, "capital_relation": AT[1:]}, "Write {capital_frequency} words in capital letters only."
     ),
     "change_case:english_capital": ({}, "Write in English and in capital letters only."),
     "change_case:english_lowercase": ({}, "Write in English and in small letters only."),
     "punctuation:no_comma": ({}, "Use no commas."),
-}
+}  # fmt: skip
 """{instruction: (choices of its parameters, the sentence that asks for it)}."""
 ALONE = {"language:response_language", "detectable_format:constrained_response", "detectable_format:json_format"}
 ALONE |= {"combination:repeat_prompt"}

@@ -45,7 +45,7 @@ def _same(got: str, wanted: str, *, functional: bool) -> bool:
     if functional:
         try:
             return json.loads(got.splitlines()[-1]) == json.loads(wanted)
-        except (ValueError, RecursionError):
+        except (LookupError, ValueError, RecursionError):
             return False
     lines = [[line.split() for line in text.strip().splitlines()] for text in (got, wanted)]
     return [len(x) for x in lines[0]] == [len(x) for x in lines[1]] and all(
