@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 
@@ -39,26 +38,23 @@ def measure(job: Job, options: argparse.Namespace) -> None:
     out = options.out or job.run_dir / "pass_rates.jsonl"
     rows = [row for _, row in prompt_rows(g.prompts)]
     judge = c.reward.judge and c.reward.judge.model
-    settings = digest_of(asdict(g.prompts), asdict(g.sampling), c.reward.format, judge, c.engine.dtype, c.seed)
-    measured: dict[str, Any] = {"model": c.model.source, "config": settings, "rows": digest_of(rows)}
-    finished_rows(out, measured={**measured, "samples": options.samples})  # a refusal need not wait for weights
+    config = digest_of(asdict(g.prompts), asdict(g.sampling), c.reward.format, judge, c.engine.dtype, c.seed, rows)
+    measured = {"model": c.model.source, "config": config, "samples": options.samples}
+    finished_rows(out, measured=measured)  # a refusal need not wait for weights
     with open_sampler(c, folder=job.run_dir / "passrate") as s:
         out.parent.mkdir(parents=True, exist_ok=True)
         found = s.measure(
             build_prompt_stream(g.prompts, s.built.tokenizer).prompts,
             rows,
             out=out,
-            measured=measured,
+            config=config,
             num_samples=options.samples,
             sampling=s.built.sampling(g.sampling),
             seed=PASSRATE_SEED,
             chunk=g.prompts_per_step,
         )
-    rates, order, picture = (
-        [row["pass_rate"] for row in found],
-        g.curriculum or CurriculumConfig(),
-        out.with_suffix(".png"),
-    )
+    rates, order = [row["pass_rate"] for row in found], g.curriculum or CurriculumConfig()
+    picture = out.with_suffix(".png")
     easy = sum(rate >= order.drop_at for rate in rates)
     print(f"{len(rates)} prompts, mean pass rate {sum(rates) / len(rates):.3f}; {easy} at or above {order.drop_at:g}")
     drawn = plot_curriculum(rates, batch_size=g.prompts_per_step, c=order, seed=g.prompts.seed, target=picture)

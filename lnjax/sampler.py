@@ -39,7 +39,7 @@ class Sampler:
         rows: Sequence[Row],
         *,
         out: Path,
-        measured: Mapping[str, Any],
+        config: str,
         num_samples: int,
         sampling: SamplingParams,
         seed: int,
@@ -48,9 +48,11 @@ class Sampler:
         """Append to `out` each row with its prompt's pass rate, `chunk` prompts at a time; all lines of `out`.
 
         The pass rate is the mean accuracy of the samples before the format factor; one that the token budget cut off counts
-        as wrong. Prompts that are there already are skipped. Raises DataError as `finished_rows` does.
+        as wrong. `config` is a digest of what else it depends on. Prompts that are there already are skipped. Raises
+        DataError as `finished_rows` does.
         """
-        measured = {**measured, "weights": self.digest, "samples": num_samples}
+        source = self.built.config.model.source
+        measured = {"model": source, "weights": self.digest, "config": config, "samples": num_samples}
         ids = {row["id"] for row in finished_rows(out, measured=measured)}
         todo = [(p, row) for p, row in zip(prompts, rows, strict=True) if p.id not in ids]
         with open(out, "ab") as file, progress(out.stem, total=len(todo), unit="prompts") as advance:

@@ -46,7 +46,7 @@ def test_a_stopped_measurement_goes_on_to_the_same_bytes_and_drops_half_a_line(m
     [
         (["--samples", "2"], "samples was 4, is 2"),
         ([*SAMPLES, "--grpo.sampling.temperature", "0.5"], "config was"),
-        ([*SAMPLES, "--grpo.prompts.seed", "1"], "rows was"),
+        ([*SAMPLES, "--grpo.prompts.seed", "1"], "config was"),
         ([*SAMPLES, "--model.source", "elsewhere"], "model was 'random', is 'elsewhere'"),
     ],
 )
