@@ -31,7 +31,7 @@ CHUNK = 64  # prompts between two writes
 REWARD_S = 70.0  # above any verifier's own deadline
 MODES = {"on": (0.6, 0.95), "off": (0.0, 1.0)}
 """{reasoning: (temperature, top-p)}."""
-SOURCE = "Nano 8B, Super 49B, Ultra 253B: on|off in percent, arXiv 2505.00949, tables 3 to 5 (LiveCodeBench: 2408-2502)"
+SOURCE = "Nano 8B, Super 49B, Ultra 253B: on|off, percent; arXiv 2505.00949, tables 3 to 5 (LiveCodeBench 2408-2502; *: part I)"
 
 
 def work(job: Job, options: argparse.Namespace) -> None:
@@ -90,7 +90,7 @@ def table_of(results: dict[str, dict[str, dict[str, Any]]]) -> Table:
     heads = ("task", "prompts", "on", "off", "cut off", "no verdict", "Nano", "Super", "Ultra")
     table = Table(*heads, title="pass@1, percent (95 % interval)")
     for task, modes in results.items():
-        cells = [f"{100 * r['mean']:.1f} ({100 * r['low']:.1f} to {100 * r['high']:.1f})" for r in modes.values()]
+        cells = [f"{100 * r['mean']:.1f} ({100 * r['low']:.0f}–{100 * r['high']:.0f})" for r in modes.values()]
         cells.append("|".join(f"{100 * r['unfinished']:.0f}" for r in modes.values()))
         cells.append("|".join(str(r["failures"]) for r in modes.values()))
         table.add_row(task, str(modes["on"]["prompts"]), *cells, *BENCHMARKS[task].paper)

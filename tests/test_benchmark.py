@@ -203,7 +203,7 @@ def test_on_and_off_stand_side_by_side_beside_the_papers_numbers(data, engine, c
         "bfcl": (0.5, 0.0),
     }
     printed = capsys.readouterr().out
-    assert "80.8|20.0" in printed and "50.0 (50.0 to 50.0)" in printed and "2505.00949" in printed
+    assert "80.8|20.0" in printed and "50.0 (50–50)" in printed and "2505.00949" in printed
     # The same command asks nothing again; a half-written line is asked again.
     engine.asked.clear()
     file = out / "bfcl_on.jsonl"
