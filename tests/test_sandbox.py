@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is 
 
 
 def run(source: str, *, stdin: str = "", deadline_s: float = 120.0):
-    return run_program(source, stdin=stdin, deadline_s=deadline_s)
+    return run_program(source, stdin=stdin, cpu_s=60, deadline_s=deadline_s)
 
 
 def left_over(mark: str) -> list[str]:
@@ -76,6 +76,7 @@ def test_an_infinite_loop_ends_at_the_deadline_and_nothing_is_left():
     assert run("while True: pass", deadline_s=1).failure == "deadline of 1 s"
     assert time.monotonic() - start < 60
     assert left_over("lnjax-sandbox-") == []
+    assert run_program("while True: pass", stdin="", cpu_s=1, deadline_s=120).failure == "ended with status 1"
 
 
 def test_endless_output_is_cut_off_and_broken_text_is_read():
@@ -86,7 +87,7 @@ def test_endless_output_is_cut_off_and_broken_text_is_read():
 
 
 def test_a_killed_worker_takes_its_program_along(tmp_path):
-    source = "from lnjax.rewards.sandbox import run_program; run_program('while True: pass', stdin='', deadline_s=60)"
+    source = "from lnjax.rewards.sandbox import run_program; run_program('while True: pass', stdin='', cpu_s=99, deadline_s=99)"
     worker = subprocess.Popen([sys.executable, "-c", source], env={**os.environ, "TMPDIR": str(tmp_path)})
     deadline = time.monotonic() + 300
     visible = 3 if os.geteuid() == 0 else 2  # launcher, process 1 (shown to root alone), program

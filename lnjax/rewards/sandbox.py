@@ -36,8 +36,11 @@ class Ran:
     """Why it did not end well; empty where it did."""
 
 
-def run_program(source: str, *, stdin: str, deadline_s: float) -> Ran:
-    """Run Python text. Raises RuntimeError where this machine lets nobody make namespaces: then nothing is run."""
+def run_program(source: str, *, stdin: str, cpu_s: int, deadline_s: float) -> Ran:
+    """Run Python text, for so many seconds of its own and of the clock.
+
+    Raises RuntimeError where this machine lets nobody make namespaces: then nothing is run.
+    """
     with (
         tempfile.TemporaryDirectory(prefix="lnjax-sandbox-") as folder,
         tempfile.TemporaryFile() as given,
@@ -47,7 +50,7 @@ def run_program(source: str, *, stdin: str, deadline_s: float) -> Ran:
         given.write(stdin.encode(errors="replace"))
         given.seek(0)
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", __file__, str(os.getpid()), str(int(deadline_s) + 1)],
+            [sys.executable, "-I", "-S", "-B", __file__, str(os.getpid()), str(cpu_s)],
             stdin=given,
             stdout=output,
             stderr=subprocess.DEVNULL,
