@@ -71,6 +71,11 @@ def test_it_sees_no_process_but_its_own_and_has_no_capability():
     assert ran.output == "2 1 0000000000000000\n"
 
 
+def test_where_no_sandbox_can_be_made_nothing_is_run_and_the_reason_is_said():
+    with pytest.raises(RuntimeError, match="allow user namespaces"):
+        run("raise SystemExit(97)")  # as the launcher ends where it is refused
+
+
 def test_an_infinite_loop_ends_at_the_deadline_and_nothing_is_left():
     start = time.monotonic()
     assert run("while True: pass", deadline_s=1).failure == "deadline of 1 s"

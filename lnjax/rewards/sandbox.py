@@ -131,7 +131,8 @@ def _alone(libc: ctypes.CDLL) -> bool:
 
 
 def _end_of(pid: int) -> int:
-    return 1 if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) else 0
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return status if status in (0, NO_NAMESPACE) else 1
 
 
 if __name__ == "__main__":
