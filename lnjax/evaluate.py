@@ -1,10 +1,14 @@
-"""Held-out evaluation: sample, score, mean with a 95 % interval over prompts."""
+"""Held-out evaluation: sample, score, mean with a 95 % interval over prompts.
 
-import math
+python -m lnjax.evaluate measures a model on published benchmarks: lnjax/benchmark.py.
+"""
+
+import sys
 from dataclasses import dataclass
 
+from lnjax import benchmark
 from lnjax.build import Built, Resources
-from lnjax.score import score_groups
+from lnjax.score import mean_interval, score_groups
 
 EVAL_SEED = 2**31  # apart from every rl_step
 
@@ -37,13 +41,11 @@ def evaluate(b: Built, r: Resources, *, after: str, step: int, params: object) -
         groups = score_groups(prompts, completions, tokenizer=b.tokenizer, reward=r.reward)
     rollouts = [x for g in groups for x in g.rollouts]
     means = [sum(x.score.parts.get("accuracy", 0.0) for x in g.rollouts) / len(g.rollouts) for g in groups]
-    mean = sum(means) / len(means)
-    variance = sum((m - mean) ** 2 for m in means) / max(1, len(means) - 1)
-    half = 1.96 * math.sqrt(variance / len(means))
+    mean, low, high = mean_interval(means)
     result = EvalResult(
         mean=mean,
-        low=max(0.0, mean - half),
-        high=min(1.0, mean + half),
+        low=low,
+        high=high,
         reward=sum(x.score.reward for x in rollouts) / len(rollouts),
         num_prompts=len(prompts),
         unfinished=sum(not x.completion.finished for x in rollouts) / len(rollouts),
@@ -59,3 +61,7 @@ def evaluate(b: Built, r: Resources, *, after: str, step: int, params: object) -
     }
     r.log.log("eval", step=step, values=values)
     return result
+
+
+if __name__ == "__main__":
+    sys.exit(benchmark.main(sys.argv[1:]))

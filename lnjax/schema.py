@@ -180,8 +180,8 @@ class RewardConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptConfig:
     source: str
-    """`arithmetic`, `ifeval` (generated instruction-following prompts), `reasoning_gym:TASK`, or a .jsonl file in the
-    Llama-Nemotron RL schema."""
+    """`arithmetic`, `ifeval` (generated instruction-following prompts), `ifeval_combined` (1 to 10 of all 25 instructions
+    each), `reasoning_gym:TASK`, or a .jsonl file in the Llama-Nemotron RL schema."""
     split: Literal["train", "heldout"] = "train"
     """Disjoint halves of generated sources. A .jsonl file is what it is."""
     num_prompts: int = 0

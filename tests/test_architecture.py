@@ -22,12 +22,13 @@ FLOORS = [
     {"record"},
     {"score", "stage", "fit"},
     {"build"},
-    {"source", "parity"},
+    {"source", "parity", "sampler"},
+    {"benchmark"},
     {"evaluate", "sft", "grpo", "preference"},
     {"report"},
     {"train", "flags"},
     {"slurm", "planner"},
-    {"launch", "plan", "convert", "serve"},
+    {"launch", "plan", "convert", "serve", "passrate"},
 ]
 ROOMS = {"models", "learn", "ops", "data", "rollout", "rewards", "checkpoint", "planner", "report"}
 NO_JAX = {
@@ -56,11 +57,13 @@ GUESTS = {
     "grain": "data",
     "jinja2": "data",
     "tensorboardX": "metrics.py",
-    "rich": ("metrics.py", "launch.py", "plan.py", "planner"),
+    "rich": ("metrics.py", "launch.py", "plan.py", "planner", "benchmark.py"),
     "tyro": ("config.py", "schema.py"),
-    "matplotlib": "report",
+    "matplotlib": ("report", "passrate.py"),
     "math_verify": "rewards",
     "nltk": "rewards",
+    "jsonschema": "rewards",
+    "referencing": "rewards",
     "httpx": ("rollout", "rewards"),
     "torch": (),  # these three only in PLUGIN
     "vllm": (),
@@ -160,7 +163,18 @@ def test_a_server_process_starts_without_jax():
 
 
 def test_workers_of_the_reward_pool_never_import_jax():
-    for name in ("worker", "verifiers", "protocol", "format", "ifeval", "judge", "rule_judge"):
+    for name in (
+        "worker",
+        "verifiers",
+        "protocol",
+        "format",
+        "ifeval",
+        "judge",
+        "rule_judge",
+        "tool_call",
+        "code",
+        "sandbox",
+    ):
         text = (PACKAGE / "rewards" / f"{name}.py").read_text(encoding="utf-8")
         assert not [n for n in imports(text) if n.split(".")[0] == "jax" or n.startswith("lnjax.types")]
 

@@ -42,7 +42,7 @@ def curriculum_order(
     fit = (len(rates) - len(dropped)) // batch_size
     batches = []
     for b in range(fit):
-        centre = centre_of(b, num_batches=fit, c=c)
+        centre = batch_centre(b, num_batches=fit, c=c)
         left = {rate: len(pool) for rate, pool in pools.items()}
         counts = allocate(left, batch_size=batch_size, centre=centre, sigma=c.sigma)
         batch = [pools[rate].pop() for rate, count in counts.items() for _ in range(count)]
@@ -51,8 +51,8 @@ def curriculum_order(
     return batches, dropped
 
 
-def centre_of(batch: int, *, num_batches: int, c: CurriculumConfig) -> float:
-    """Centre of a batch's target, in pass rate; `num_batches` are all that the prompts fill."""
+def batch_centre(batch: int, *, num_batches: int, c: CurriculumConfig) -> float:
+    """Where the target of a batch is centred, as a pass rate; `num_batches` are all that the prompts fill."""
     return c.start + (c.end - c.start) * min(1.0, batch / max(1, (c.batches or num_batches) - 1))
 
 
@@ -60,19 +60,24 @@ def describe_batch(rates: Sequence[float], *, batch: int, num_batches: int, c: C
     """Target and actual of one batch: the centre, the mean pass rate, and the share of prompts in each bin they are in."""
     bins = Counter(math.floor(rate * c.bins + 0.5) / c.bins for rate in rates)
     return {
-        "pass_rate_target": centre_of(batch % num_batches, num_batches=num_batches, c=c),
+        "pass_rate_target": batch_centre(batch % num_batches, num_batches=num_batches, c=c),
         "pass_rate": sum(rates) / len(rates),
         **{f"pass_rate/{k:g}": bins[k] / len(rates) for k in sorted(bins)},
     }
 
 
-def allocate(left: Mapping[float, int], *, batch_size: int, centre: float, sigma: float) -> dict[float, int]:
-    """{pass rate of a bin: slots of one batch} from {pass rate: prompts left}, at least batch_size in all."""
-    rates = sorted(left)
+def target_shares(rates: Sequence[float], *, centre: float, sigma: float) -> dict[float, float]:
+    """{pass rate of a bin: share of the batch that the Gaussian wants}; they sum to 1."""
     # Distances relative to the nearest bin, so that a narrow Gaussian never underflows to no weight at all.
     nearest = min((rate - centre) ** 2 for rate in rates)
     weights = {r: math.exp(-((r - centre) ** 2 - nearest) / (2 * sigma**2)) for r in rates}
-    shares = {r: batch_size * weights[r] / sum(weights.values()) for r in rates}
+    return {r: weight / sum(weights.values()) for r, weight in weights.items()}
+
+
+def allocate(left: Mapping[float, int], *, batch_size: int, centre: float, sigma: float) -> dict[float, int]:
+    """{pass rate of a bin: slots of one batch} from {pass rate: prompts left}, at least batch_size in all."""
+    rates = sorted(left)
+    shares = {r: batch_size * w for r, w in target_shares(rates, centre=centre, sigma=sigma).items()}
     wanted = {r: math.floor(shares[r]) for r in rates}
     by_fraction = sorted(rates, key=lambda r: (wanted[r] - shares[r], r))
     for rate in by_fraction[: batch_size - sum(wanted.values())]:

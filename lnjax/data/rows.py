@@ -1,12 +1,13 @@
 """Rows in the Llama-Nemotron post-training schema: {input, output | args, system_prompt, reasoning, …}."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lnjax.data.chat import check_roles, prompt_ids, supervised
 from lnjax.data.tokenizer import Tokenizer
+from lnjax.data.tools import tools_of, with_tools
 from lnjax.errors import DataError
 from lnjax.types import Prompt, Sample
 
@@ -37,8 +38,11 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
         raise DataError(f"{path}: no rows; expected one JSON object a line")
 
 
-def messages_of(row: Row, *, where: str, system_prompt: str = "") -> list[Mapping[str, Any]]:
-    """The conversation of a row, its system message first: the row's own, else the reasoning switch, else `system_prompt`."""
+def messages_of(row: Row, *, where: str, system_prompt: str = "") -> Sequence[Mapping[str, Any]]:
+    """The conversation of a row, its system message first: the row's own, else the reasoning switch, else `system_prompt`.
+
+    A row's `tools` are shown at the end of it.
+    """
     messages: Any = row.get("input")
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
@@ -50,11 +54,12 @@ def messages_of(row: Row, *, where: str, system_prompt: str = "") -> list[Mappin
     reasoning = row.get("reasoning", "off")
     if reasoning not in SWITCH:
         raise DataError(f"{where}: reasoning={reasoning!r}, expected `on` or `off`")
+    tools = tools_of(row, where=where)
     if messages[0]["role"] == "system":
-        return messages
+        return with_tools(messages, tools)
     default = SWITCH[reasoning] if "reasoning" in row and not system_prompt else system_prompt
     system = row.get("system_prompt", default)
-    return [{"role": "system", "content": system}, *messages] if system else messages
+    return with_tools([{"role": "system", "content": system}, *messages] if system else messages, tools)
 
 
 def to_sample(row: Row, *, where: str, tokenizer: Tokenizer, max_tokens: int) -> Sample:
@@ -87,6 +92,10 @@ def to_prompt(
         raise DataError(
             f"{where}: args has {sorted(args)}; the judge compares with `answer` or `expected_answer`: add one"
         )
+    if verifier == "tool_call":
+        args = {**args, "tools": tools_of(row, where=where)}
+        if not {"calls", "wanted"} & args.keys():
+            raise DataError(f"{where}: args has {sorted(args)}; a tool call is compared with `calls`: add them, or []")
     ids = prompt_ids(tokenizer, messages)
     if len(ids) > max_tokens:
         raise DataError(
@@ -114,10 +123,10 @@ def _pass_rate(row: Row, *, where: str) -> float | None:
 def _verifier(args: Mapping[str, Any], *, where: str) -> str:
     if "verifier" in args:
         return str(args["verifier"])
-    for key, name in (("instruction_id_list", "ifeval"), ("expected_answer", "math")):
+    for key, name in (("instruction_id_list", "ifeval"), ("expected_answer", "math"), ("calls", "tool_call")):
         if key in args:
             return name
     raise DataError(
-        f"{where}: no way to verify it: args has {sorted(args)}, expected `verifier`, `instruction_id_list` or "
-        "`expected_answer`"
+        f"{where}: no way to verify it: args has {sorted(args)}, expected `verifier`, `instruction_id_list`, "
+        "`expected_answer` or `calls`"
     )

@@ -11,6 +11,7 @@ from grain import experimental
 
 from lnjax.data.arithmetic import arithmetic_rows
 from lnjax.data.curriculum import order_prompts
+from lnjax.data.ifeval_combined import combined_prompts
 from lnjax.data.ifeval_prompts import ifeval_prompts
 from lnjax.data.rows import Row, read_jsonl, to_prompt, to_sample
 from lnjax.data.tokenizer import Tokenizer
@@ -96,7 +97,7 @@ def build_prompt_stream(
 
     With a curriculum the stream is its batches of `batch_size`, one after the other.
     """
-    rows = _prompt_rows(c)
+    rows = prompt_rows(c)
     with progress(f"prompts of {c.source}", total=len(rows), unit="prompts") as advance:
         prompts = []
         for where, row in rows:
@@ -135,8 +136,9 @@ def build_sft_stream(c: SftConfig, tokenizer: Tokenizer, *, seed: int) -> SftStr
     return SftStream(samples, c=c, seed=seed)
 
 
-def _prompt_rows(c: PromptConfig) -> list[tuple[str, Row]]:
-    generated = c.source in ("arithmetic", "ifeval") or c.source.startswith(REASONING_GYM)
+def prompt_rows(c: PromptConfig) -> list[tuple[str, Row]]:
+    """(name, row) of every prompt, in the order of the source."""
+    generated = c.source in ("arithmetic", "ifeval", "ifeval_combined") or c.source.startswith(REASONING_GYM)
     if generated and c.num_prompts < 1:
         raise ConfigError(f"num_prompts must be at least 1 for the generated source {c.source!r}")
     name = f"{c.source}/{c.split}"
@@ -144,6 +146,8 @@ def _prompt_rows(c: PromptConfig) -> list[tuple[str, Row]]:
         return _named(name, arithmetic_rows(num_rows=c.num_prompts, seed=c.seed, split=c.split))
     if c.source == "ifeval":
         return _named(name, ifeval_prompts(c.num_prompts, seed=c.seed, split=c.split))
+    if c.source == "ifeval_combined":
+        return _named(name, combined_prompts(c.num_prompts, seed=c.seed, split=c.split))
     if c.source.startswith(REASONING_GYM):
         return _named(name, _reasoning_gym_rows(c))
     return _file_rows(c.source, limit=c.num_prompts)
@@ -156,7 +160,8 @@ def _named(name: str, rows: Sequence[Row]) -> list[tuple[str, Row]]:
 def _file_rows(source: str, *, limit: int) -> list[tuple[str, Row]]:
     if not source.endswith(".jsonl"):
         raise ConfigError(
-            f"unknown data source {source!r}; use `arithmetic`, `ifeval`, `{REASONING_GYM}TASK` or a .jsonl file"
+            f"unknown data source {source!r}; use `arithmetic`, `ifeval`, `ifeval_combined`, "
+            f"`{REASONING_GYM}TASK` or a .jsonl file"
         )
     rows = []
     for item in read_jsonl(Path(source)):
