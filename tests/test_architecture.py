@@ -23,7 +23,6 @@ FLOORS = [
     {"score", "stage", "fit"},
     {"build"},
     {"source", "parity", "sampler"},
-    {"benchmark"},
     {"evaluate", "sft", "grpo", "preference"},
     {"report"},
     {"train", "flags"},
@@ -57,7 +56,7 @@ GUESTS = {
     "grain": "data",
     "jinja2": "data",
     "tensorboardX": "metrics.py",
-    "rich": ("metrics.py", "launch.py", "plan.py", "planner", "benchmark.py"),
+    "rich": ("metrics.py", "launch.py", "plan.py", "planner"),
     "tyro": ("config.py", "schema.py"),
     "matplotlib": ("report", "passrate.py"),
     "math_verify": "rewards",
@@ -172,8 +171,6 @@ def test_workers_of_the_reward_pool_never_import_jax():
         "judge",
         "rule_judge",
         "tool_call",
-        "code",
-        "sandbox",
     ):
         text = (PACKAGE / "rewards" / f"{name}.py").read_text(encoding="utf-8")
         assert not [n for n in imports(text) if n.split(".")[0] == "jax" or n.startswith("lnjax.types")]

@@ -5,12 +5,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lnjax.rewards.format import last_boxed
 from lnjax.rewards.protocol import Verifier
 
 BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
-LETTER = re.compile(r"\b([A-Z])\b")
-ANSWER = re.compile(r"[Aa]nswer(?: is|:)[\s*(]*([A-Z])\b")
 
 
 def integer(answer: str, args: Mapping[str, Any]) -> Mapping[str, float]:
@@ -61,42 +58,23 @@ def tool_call(answer: str, args: Mapping[str, Any]) -> Mapping[str, float]:
     return {"accuracy": float(fits and right(calls, wanted)), "valid": float(fits)}
 
 
-def choice(answer: str, args: Mapping[str, Any]) -> Mapping[str, float]:
-    r"""args: answer, a letter. The last \boxed{letter} counts, else the last `answer: letter` or `answer is letter`."""
-    boxed = last_boxed(answer)
-    found = LETTER.findall(boxed) if boxed else ANSWER.findall(answer)
-    return {"accuracy": float(bool(found) and found[-1] == args["answer"])}
-
-
-def code(answer: str, args: Mapping[str, Any]) -> Mapping[str, float]:
-    """args: tests [{input, output, testtype}], function (its name, or none), deadline_s (8). Below reward.deadline_s."""
-    from lnjax.rewards.code import passes  # noqa: PLC0415
-
-    deadline_s = args.get("deadline_s", 8.0)
-    right, _ = passes(answer, tests=args["tests"], function=args.get("function", ""), deadline_s=deadline_s)
-    return {"accuracy": float(right)}
-
-
 VERIFIERS: dict[str, Verifier] = {
     "integer": integer,
     "math": math,
     "reasoning_gym": reasoning_gym,
     "ifeval": ifeval,
     "tool_call": tool_call,
-    "choice": choice,
-    "code": code,
 }
 
 JUDGE = "judge"
+"""Asks a language model (lnjax/rewards/judge.py) instead of a worker. args: answer or expected_answer."""
 REWARD_MODEL = "reward_model"
 """Not a function here: its parts come with the request."""
-"""Asks a language model (lnjax/rewards/judge.py) instead of a worker. args: answer or expected_answer."""
 
 WARM = {
     "math": "math_verify",
     "reasoning_gym": "reasoning_gym",
     "ifeval": "lnjax.rewards.ifeval",
     "tool_call": "lnjax.rewards.tool_call",
-    "code": "lnjax.rewards.code",
 }
 """What a worker imports before it says that it is ready, so that no deadline pays for it."""
