@@ -168,7 +168,7 @@ def test_helpsteer3_preferences_and_rows_of_our_own(tmp_path):
         ({**HELPSTEER2[0], "verbosity": "high"}, ":2: verbosity='high', expected a number from 0 to 4"),
         (HELPSTEER2[0], ":2: the next row has another prompt"),
         ({**OURS[0], "rejected": ""}, ":2: empty loss mask"),
-        ({**OURS[0], "chosen": "y" * 200}, ":2: 235 tokens, but a packed row holds 200"),
+        ({**OURS[0], "chosen": "y" * 200}, ":2: 222 tokens, but a packed row holds 200"),
     ],
 )
 def test_a_bad_row_of_preferences_is_named(tmp_path, row, message):
