@@ -57,10 +57,8 @@ def pass_terms(
     # Of the row's score tiles those up to the diagonal are made; the last of the context shards has the most.
     unbalanced = (2 * m.context - 1) / m.context
     scores = rows * num_attention(spec) * spec.num_heads / m.tensor * work.row_tokens**2 / 2 / m.context * unbalanced
-    kept_inside = c.ops.attention == "cudnn"  # no score ever leaves the chip
-    traffic = (
-        0.0 if kept_inside else scores * (SCORE_BYTES["forward"] * (1 + again) + SCORE_BYTES["backward"] * backward)
-    )
+    traffic = scores * (SCORE_BYTES["forward"] * (1 + again) + SCORE_BYTES["backward"] * backward)
+    traffic *= c.ops.attention == "xla"  # of cuDNN's no score leaves the chip
     params = num_params(spec)
     gathered = params * item / m.tensor * (2 + again if backward else 1)
     streamed = 3 * gathered + 10 * tokens * m.tensor * spec.d_model * item * len(spec.blocks)

@@ -120,11 +120,8 @@ def _columns(lines: Lines) -> dict[str, Any]:
 def _numbers(line: Mapping[str, Any]) -> dict[str, Any]:
     found = {k: _short(v) for k, v in line.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     for key, seconds in line.get("time", {}).items():
-        if not key.endswith("_s"):
-            found[key] = seconds
-            continue
         phase = key.removesuffix("_s")
-        found[f"time.{phase}"] = seconds
+        found[f"time.{phase}" if phase != key else key] = seconds
         if seconds > 0 and line.get(f"{phase}_tokens"):
             found[f"rate.{phase}"] = _short(line[f"{phase}_tokens"] / seconds)
     return found
