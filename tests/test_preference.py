@@ -232,6 +232,7 @@ def lines_of(folder, stage):
     return [{k: v for k, v in x.items() if k != "time"} for x in lines if x["stage"] == stage]
 
 
+@pytest.mark.slow
 def test_dpo_begins_at_ln_2_lowers_its_loss_and_resumes_where_it_was(tmp_path):
     def train(name, steps):
         words = small("--preference.steps", str(steps), "--preference.data.num_comparisons", "100")
@@ -246,6 +247,7 @@ def test_dpo_begins_at_ln_2_lowers_its_loss_and_resumes_where_it_was(tmp_path):
     assert train("parts", 8) == whole
 
 
+@pytest.mark.slow
 def test_a_reward_model_learns_is_measured_and_scores_the_rollouts_of_another_run(tmp_path):
     words = small("--reward_model.steps", "30", "--reward_model.data.num_comparisons", "300")
     judge = tmp_path / "judge"
