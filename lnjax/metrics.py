@@ -156,10 +156,9 @@ class MetricsLog:
 
     def _count(self, line: Mapping[str, Any]) -> None:
         for key, value in line.get("time", {}).items():
-            if key == "compiled":
-                continue
-            name = f"{line['stage']}.{key.removesuffix('_s')}"
-            self.seconds[name] = self.seconds.get(name, 0.0) + value
+            if key.endswith("_s"):
+                name = f"{line['stage']}.{key.removesuffix('_s')}"
+                self.seconds[name] = self.seconds.get(name, 0.0) + value
         for key, value in line.items():
             if key.endswith("_tokens"):
                 name = f"{line['stage']}.{key}"

@@ -1,7 +1,6 @@
 """Learning from judged answers: DPO and RPO of the policy, and reward models. Comparisons packed in rows, one update a step."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -21,6 +20,7 @@ from lnjax.mesh import fetch, put_rows
 from lnjax.models.decoder import Model
 from lnjax.models.reward import RewardModel
 from lnjax.schema import PreferenceConfig, RewardModelConfig
+from lnjax.score import mean_interval
 from lnjax.stage import Position, Stage
 from lnjax.types import Comparison, PreferenceBatch
 
@@ -114,9 +114,8 @@ def measure(b: Built, r: Resources, c: RewardModelConfig, params: Any, *, step: 
         parts = [fetch(scores(params, x.packed, x.last_BPK)) for x in put_rows(b.mesh, batches)]
         scores_BPK = np.concatenate(parts)[..., 0]
     gaps = [float(scores_BPK[at][0] - scores_BPK[at][1]) for at in where]
-    mean = sum(gap > 0 for gap in gaps) / len(gaps)
-    half = 1.96 * math.sqrt(mean * (1 - mean) / len(gaps))
-    found = {"mean": mean, "low": max(0.0, mean - half), "high": min(1.0, mean + half), "reward": sum(gaps) / len(gaps)}
+    mean, low, high = mean_interval([float(gap > 0) for gap in gaps])
+    found = {"mean": mean, "low": low, "high": high, "reward": sum(gaps) / len(gaps)}
     r.log.log("eval", step=step, values={"after": "reward_model", **found, "num_prompts": len(gaps)})
     return found
 

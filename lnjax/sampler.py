@@ -1,25 +1,21 @@
-"""A model behind its config's engine and verifiers, without training: what the front doors that only sample share."""
+"""A model behind its config's engine and verifiers, without training."""
 
-import argparse
-import dataclasses
 import hashlib
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lnjax.build import Built, build, build_engine, initial_params
-from lnjax.config import Job, parse
+from lnjax.build import Built, build, build_engine, build_scores, initial_params
 from lnjax.data.chat import lint_template
 from lnjax.data.rows import Row, read_jsonl
-from lnjax.errors import DataError, LnjaxError
+from lnjax.errors import DataError
 from lnjax.metrics import progress
 from lnjax.models.fingerprint import fingerprint
-from lnjax.rewards.pool import RewardPool, build_reward
+from lnjax.rewards.pool import build_reward
 from lnjax.schema import RunConfig
 from lnjax.score import score_groups
 from lnjax.types import Prompt, RolloutEngine, SamplingParams
@@ -29,7 +25,7 @@ from lnjax.types import Prompt, RolloutEngine, SamplingParams
 class Sampler:
     built: Built
     engine: RolloutEngine
-    reward: RewardPool
+    reward: Any
     digest: str
     """Of the weights."""
 
@@ -89,7 +85,7 @@ def open_sampler(c: RunConfig, *, folder: Path) -> Iterator[Sampler]:
         with closing(engine):
             params = initial_params(b)
             engine.load_weights(0, params)
-            yield Sampler(b, engine, reward, fingerprint(params))
+            yield Sampler(b, engine, build_scores(b, reward), fingerprint(params))
 
 
 def finished_rows(out: Path, *, measured: Mapping[str, Any]) -> list[Row]:
@@ -111,28 +107,3 @@ def finished_rows(out: Path, *, measured: Mapping[str, Any]) -> list[Row]:
 def digest_of(*values: Any) -> str:
     """12 hex digits of plain values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def front_door(
-    work: Callable[[Job, argparse.Namespace], None], argv: Sequence[str], *, doc: str, samples: int, more: Sequence[str]
-) -> int:
-    """Run `work` with the job, its model replaced by `--model`, and --out, --samples and `more`; the exit status."""
-    if {"-h", "--help"} & set(argv) and "--config" not in argv:
-        print(doc)
-        return 0
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--samples", type=int, default=samples, choices=range(1, 1025), metavar="N")
-    parser.add_argument("--out", type=Path)
-    for name in ("--model", *more):
-        parser.add_argument(name)
-    options, rest = parser.parse_known_args(argv)
-    try:
-        job = parse(rest)
-        if options.model:
-            model = dataclasses.replace(job.config.model, source=options.model, spec=None, tokenizer="same")
-            job = dataclasses.replace(job, config=dataclasses.replace(job.config, model=model))
-        work(job, options)
-        return 0
-    except LnjaxError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code

@@ -1,9 +1,11 @@
 """A real SLURM with two nodes on this machine: Debian's packages, as root, without systemd. All of it ends with `close`."""
 
 import datetime
+import fcntl
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -38,7 +40,19 @@ NodeName=n[0-1] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{node}-{last}] \
  CPUs=8 SocketsPerBoard=1 CoresPerSocket=8 ThreadsPerCore=1 RealMemory=8000
 PartitionName=all Nodes=ALL Default=YES MaxTime=60
 """
-INSTALL = ["apt-get", "install", "-y", "--no-install-recommends", "slurm-wlm", "munge"]
+
+
+def install(*packages: str) -> str:
+    """Debian packages, where that is allowed; why they are not there, or nothing."""
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        return f"{' and '.join(packages)} are not installed, and cannot be here: it takes root and apt-get"
+    command = ["apt-get", "install", "-y", "--no-install-recommends", *packages]
+    environ = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    with open(Path(tempfile.gettempdir()) / "lnjax-apt.lock", "w") as lock:  # tests run beside each other, apt does not
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for words in (["apt-get", "update"], command):
+            done = subprocess.run(words, env=environ, capture_output=True, text=True)
+    return "" if done.returncode == 0 else f"{' '.join(command)}: {done.stderr.strip()[-300:]}"
 
 
 def missing() -> str:
@@ -47,12 +61,7 @@ def missing() -> str:
         return "SLURM's daemons are started as root; this is another user"
     if shutil.which("slurmctld") and shutil.which("munged"):
         return ""
-    if not shutil.which("apt-get"):
-        return "slurm-wlm and munge are not installed, and there is no apt-get"
-    environ = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["apt-get", "update"], INSTALL):
-        done = subprocess.run(command, env=environ, capture_output=True, text=True)
-    return "" if done.returncode == 0 else f"{' '.join(INSTALL)}: {done.stderr.strip()[-300:]}"
+    return install("slurm-wlm", "munge")
 
 
 class Cluster:

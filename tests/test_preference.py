@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lnjax import passrate
 from lnjax.checkpoint.hf import save_hf
 from lnjax.checkpoint.load import read_num_scores, read_spec
 from lnjax.checkpoint.safetensors import SafetensorsFolder
@@ -272,6 +273,10 @@ def test_a_reward_model_learns_is_measured_and_scores_the_rollouts_of_another_ru
     (line,) = lines_of(tmp_path / "judged", "grpo")
     assert math.isfinite(line["score"])
     assert 0 <= line["reward"] <= 1
+    rates, words = tmp_path / "rates.jsonl", ["--grpo.prompts.num_prompts", "8", "--samples", "1"]
+    where = ["--run-dir", str(tmp_path / "rates"), "--out", str(rates), "--model", str(tmp_path / "judged")]
+    assert passrate.main(["--config", str(config), *words, *where]) == 0
+    assert all(0 <= json.loads(x)["pass_rate"] <= 1 for x in rates.read_text().splitlines())
 
 
 def test_a_folder_without_a_reward_model_is_refused(tmp_path):

@@ -24,6 +24,7 @@ from lnjax.report.page import fill, thin, write_page
 from lnjax.report.read import describe, read_run
 from lnjax.schema import RecordConfig
 from lnjax.types import Completion, Prompt, Rollout, RolloutGroup, Score
+from tests.cluster import install
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"><!--<script>"
@@ -410,9 +411,9 @@ def test_pieces_of_a_character_show_at_its_last_token():
 def browse(page, *words):
     """(DOM after its scripts ran, console lines)."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if not chromium:
-        pytest.skip("no chromium here: apt-get install chromium")
-    command = [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000"]
+    if not chromium and (reason := install("chromium")):
+        pytest.skip(reason)
+    command = [chromium or "chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000"]
     command += ["--enable-logging=stderr", "--v=0", *words, f"file://{page}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     return done.stdout, [x for x in done.stderr.splitlines() if "CONSOLE" in x]

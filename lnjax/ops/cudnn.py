@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax._src.cudnn import fused_attention_stablehlo as fused  # the public door takes no offsets
 
 from lnjax.errors import KernelUnavailable
 from lnjax.ops.attention import attention_xla
@@ -45,6 +44,8 @@ def attention_cudnn(
 
     Raises KernelUnavailable for a head dim or dtype that cuDNN does not take, and for a row split over devices.
     """
+    from jax._src.cudnn import fused_attention_stablehlo as fused  # noqa: PLC0415 - private: the public door takes no offsets
+
     head_dim = q_BTNH.shape[-1]
     if head_dim % HEAD_MULTIPLE or head_dim > HEAD_MAX:
         raise KernelUnavailable(
@@ -99,4 +100,6 @@ def check_cudnn() -> None:
 
 def compile_without_a_gpu() -> None:
     """For the rest of this process: JAX asks this machine's GPU whether it takes packed rows, the target does."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused  # noqa: PLC0415
+
     fused.check_compute_capability = lambda version: True
