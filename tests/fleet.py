@@ -40,7 +40,7 @@ class Fleet:
     def __init__(self, model, folder: Path, **changes):
         c = VllmConfig(**{"max_len": 512, "dtype": "float32", "max_sequences": 32, **changes})
         folder.mkdir(parents=True, exist_ok=True)
-        self.model, self.folder, self.notes = model, folder, []
+        self.model, self.folder, self.notes, self.max_len = model, folder, [], c.max_len
         self.publisher = Publisher(
             folder / "weights",
             spec=model.spec,
@@ -62,7 +62,7 @@ class Fleet:
     def learner_logprobs(self, params, prompt, completion, *, temperature=1.0):
         """Of the completion's tokens, in float64 from float32 logits."""
         tokens = prompt.token_ids + completion.token_ids
-        row = np.zeros((1, 512), np.int32)
+        row = np.zeros((1, self.max_len), np.int32)
         row[0, : len(tokens)] = tokens
         logits = np.asarray(self._logits(params, row))[0].astype(np.float64) / temperature
         logprobs = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))

@@ -1,7 +1,7 @@
 """The fleet against real vLLM servers."""
 
+import concurrent.futures
 import shutil
-import threading
 import time
 
 import jax
@@ -96,37 +96,33 @@ def test_real_weights_are_served_and_every_version_is_read_once(make_model, tmp_
 
 
 def test_requests_that_span_a_swap_finish_and_every_token_is_of_the_weights_it_names(make_model, tmp_path):
-    ours = Fleet(make_model(served_llama(eos_token_ids=(2,))), tmp_path)
+    """Nothing says when a server is in the middle, so swaps come sooner or later until one is; every token counts."""
+    spec = served_llama(eos_token_ids=(2,), max_position=4096)
+    ours = Fleet(make_model(spec), tmp_path, max_len=2048)
+    asked, sampled = prompts(2), sampling(1900, stop_token_ids=())
     try:
-        old, new = ours.params(0), ours.params(1)
-        jax.block_until_ready((old, new))
+        old = ours.params(0)
         ours.engine.load_weights(0, old)
-        asked, groups = prompts(2), []
-
-        def generate():
-            return ours.engine.generate(asked, num_samples=4, sampling=sampling(400, stop_token_ids=()), seed=0)
-
-        start = time.monotonic()
-        generate()
-        half = (time.monotonic() - start) / 2
-        thread = threading.Thread(target=lambda: groups.extend(generate()))
-        thread.start()
-        time.sleep(half)
-        ours.engine.load_weights(1, new)
-        thread.join()
-        both = [c for g in groups for c in g if len(set(c.versions)) == 2]
-        assert len(both) == 8
-        gaps = {0: [], 1: []}
-        for prompt, group in zip(asked, groups, strict=True):
-            for c in group:
+        for number in range(1, 11):
+            new = jax.block_until_ready(ours.params(number))
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                running = pool.submit(ours.engine.generate, asked, num_samples=4, sampling=sampled, seed=number)
+                time.sleep(0.25 * number)
+                ours.engine.load_weights(number, new)
+                groups = running.result()
+            gaps = {number - 1: [], number: []}
+            for prompt, c in ((p, c) for p, group in zip(asked, groups, strict=True) for c in group):
                 versions = np.array(c.versions)
-                assert len(c.token_ids) == 400
-                assert (np.diff(versions) >= 0).all()
-                for number, params in ((0, old), (1, new)):
+                assert len(c.token_ids) == 1900
+                assert (np.diff(versions) >= 0).all() and set(c.versions) <= gaps.keys()
+                for of, params in ((number - 1, old), (number, new)):
                     gap = ours.learner_logprobs(params, prompt, c) - np.array(c.logprobs)
-                    gaps[number] += gap[versions == number].tolist()
-        assert min(len(x) for x in gaps.values()) > 100
-        for number in gaps:
-            assert np.exp(np.abs(gaps[number])).mean() <= 1.001
+                    gaps[of] += gap[versions == of].tolist()
+            for of in (x for x in gaps.values() if x):
+                assert np.exp(np.abs(of)).mean() <= 1.001
+            if min(len(x) for x in gaps.values()) > 100 and all(len(set(c.versions)) == 2 for g in groups for c in g):
+                return
+            old = new
+        pytest.fail("none of ten swaps came while all requests were under way")
     finally:
         ours.engine.close()
