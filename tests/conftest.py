@@ -1,19 +1,19 @@
-"""Every test sees eight virtual CPU devices; a mesh may use one of them or all."""
+"""Every test sees eight virtual CPU devices; a mesh may use one of them or all. With JAX_PLATFORMS=cuda: the GPUs."""
 
 import os
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " "
-    + " ".join(
-        (
-            "--xla_force_host_platform_device_count=8",
-            "--xla_backend_optimization_level=0",  # tests wait for compiling, not for running
-            "--xla_llvm_disable_expensive_passes=true",
+if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "")
+        + " "
+        + " ".join(
+            (
+                "--xla_force_host_platform_device_count=8",
+                "--xla_backend_optimization_level=0",  # tests wait for compiling, not for running
+                "--xla_llvm_disable_expensive_passes=true",
+            )
         )
     )
-)
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""Runs where an NVIDIA GPU is; elsewhere every test says why it did not: uv run pytest tests/gpu -n 0"""
+"""Runs where an NVIDIA GPU is; elsewhere every test says why it did not: JAX_PLATFORMS=cuda uv run pytest tests/gpu -n 0"""
 
 import subprocess
 

@@ -19,7 +19,9 @@ pytestmark = pytest.mark.gpus(1)
 @pytest.fixture(autouse=True)
 def cuda():
     if jax.default_backend() != "gpu":
-        pytest.skip(f"jax runs on {jax.default_backend()} here; uv sync --extra cuda13 (or cuda12)")
+        pytest.skip(
+            f"jax runs on {jax.default_backend()} here; set JAX_PLATFORMS=cuda (uv sync --extra cuda13 or cuda12)"
+        )
 
 
 def error(ours, theirs):

@@ -1,0 +1,258 @@
+"""python -m lnjax.bench CASE --shape NAME [--arms default,steelman] [--rounds N] [--json PATH] [--chart PATH]
+
+Times our step beside the PyTorch path's, one after the other, A B A B, on the machine at hand. CASE: sft (ragged
+conversations), sft-dense, logprob, decode, grpo (a whole iteration), ops. The PyTorch arms run in their own process, with the same
+weights and the same tokens; they and we must agree on the first loss and gradient norm (or greedy tokens), else no time is
+printed. `ratio` is their time over ours.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the arms share the GPU
+
+import jax
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from rich.console import Console
+
+from lnjax.bench import ours
+from lnjax.bench.ours import CASES, GREEDY, RATE, Side, Work
+from lnjax.bench.shapes import NUM_BATCHES, Shape, shape
+from lnjax.errors import ConfigError, LnjaxError
+from lnjax.metrics import peak_memory_bytes
+from lnjax.ops.select import check_ops
+from lnjax.schema import OpsConfig
+
+PEAK_FLOPS = {"NVIDIA H100": 989e12, "NVIDIA H200": 989e12}
+"""bf16, dense: the denominator of MFU."""
+LOSS_MARGIN = {"float32": 1e-4, "bfloat16": 2e-2}
+"""Relative, of first losses; ten times as much of gradient norms."""
+TOKEN_MARGIN = {"float32": 0.02, "bfloat16": 0.25}
+"""Share of greedy tokens that may differ: random weights have near ties."""
+MATMUL = 2048
+PROBE_REPEATS = 5
+
+
+class Arm:
+    """A PyTorch process. Raises ConfigError, with the end of what it printed, where it ends early."""
+
+    def __init__(self, name: str, *, python: str, case: str, folder: Path, settings: Mapping[str, Any]):
+        self.name, self._log = name, folder / f"{name}.log"
+        command = [python, str(Path(__file__).with_name("theirs.py")), case, name, str(folder), json.dumps(settings)]
+        environ = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environ
+            )
+        self.first = self._read()["first"]
+
+    def seconds(self, item: str, k: int) -> tuple[float, int]:
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps({"item": item, "k": k}) + "\n")
+        self._process.stdin.flush()
+        found = self._read()
+        return found["seconds"], found["peak_bytes"]
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            end = " ".join(self._log.read_text(errors="replace").split())[-1500:]
+            raise ConfigError(f"bench: the {self.name} arm ended with status {self._process.wait()}: {end}")
+        return json.loads(line)
+
+
+def settings_of(s: Shape) -> dict[str, Any]:
+    """What the other side must know of the shape."""
+    block = s.spec.blocks[0]
+    return {
+        "num_batches": NUM_BATCHES,
+        "rate": RATE,
+        "greedy": GREEDY,
+        "ffn": block.ffn.width if block.ffn else 0,
+        "num_kv_heads": block.attention.num_kv_heads if block.attention else 0,
+        **{name: getattr(s.spec, name) for name in ("d_model", "vocab_size", "num_heads", "head_dim")},
+        **{
+            name: getattr(s, name)
+            for name in ("dtype remat row_tokens microbatch_rows prompts samples prompt_tokens new_tokens".split())
+        },
+    }
+
+
+def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, dtype: str, arm: str) -> float:
+    """Relative difference of the first losses, or the share of other greedy tokens. Raises ConfigError past the margin."""
+    if "tokens" in ours:
+        pairs = [
+            (a, b) for x, y in zip(ours["tokens"], theirs["tokens"], strict=True) for a, b in zip(x, y, strict=True)
+        ]
+        off = sum(a != b for a, b in pairs) / len(pairs)
+        margins = {"greedy tokens": (off, TOKEN_MARGIN[dtype])}
+    else:
+        found = {name: abs(theirs[name] / ours[name] - 1) for name in ours}
+        margins = {name: (x, LOSS_MARGIN[dtype] * (10 if name == "grad_norm" else 1)) for name, x in found.items()}
+        off = found.get("loss", 0.0)
+    for name, (found_off, margin) in margins.items():
+        if not found_off <= margin:
+            raise ConfigError(
+                f"bench: {arm} does not do the same work: {name} differs by {found_off:.2g} (at most {margin:g}); "
+                f"ours {ours}, theirs {theirs}"
+            )
+    return off
+
+
+def timed(run: Callable[[int], Any], k: int) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(run(k))
+    return time.perf_counter() - start
+
+
+def gemm_flops(dtype: str) -> float:
+    """FLOP/s of one large product by XLA, in this process."""
+    x = jax.numpy.ones((MATMUL, MATMUL), dtype)
+    run = jax.jit(lambda x: x @ x)
+    run(x).block_until_ready()
+    return 2 * MATMUL**3 / statistics.median(timed(lambda _: run(x), 0) for _ in range(PROBE_REPEATS))
+
+
+def compare(
+    side: Side, arms: Sequence[Arm], *, w: Work, case: str, name: str, rounds: int, console: Console
+) -> list[dict[str, Any]]:
+    """One row for each item and arm (one without an arm, where there is none), medians over paired rounds."""
+    off = {a.name: difference(side.first, a.first, dtype=w.shape.dtype, arm=a.name) for a in arms}
+    rate, rows = gemm_flops(w.shape.dtype), []
+    for item, run in side.items.items():
+        there = [a for a in arms]
+        compile_s = {"ours": timed(run, 0), **{a.name: a.seconds(item, 0)[0] for a in there}}
+        taken: dict[str, list[float]] = {key: [] for key in compile_s}
+        peaks: dict[str, int] = {}
+        for k in range(1, rounds + 1):
+            taken["ours"].append(timed(run, k))
+            for a in there:
+                seconds, peaks[a.name] = a.seconds(item, k)
+                taken[a.name].append(seconds)
+            console.print(f"{case} {name} {item}: round {k} of {rounds}, " + ", ".join(
+                f"{key} {values[-1]:.3g} s" for key, values in taken.items()), highlight=False)  # fmt: skip
+        middle = {key: statistics.median(values) for key, values in taken.items()}
+        flops = side.flops.get(item, 0.0) / middle["ours"]
+        peak = next((x for kind, x in PEAK_FLOPS.items() if jax.devices()[0].device_kind.startswith(kind)), None)
+        common = {
+            "case": case,
+            "shape": name,
+            "item": item,
+            "device": jax.devices()[0].device_kind,
+            "matmul": w.ops.matmul,
+            "attention": w.ops.attention,
+            "ours_s": middle["ours"],
+            "ours_spread": [min(taken["ours"]), max(taken["ours"])],
+            "ours_first_s": compile_s["ours"],
+            "ours_tokens_per_s": side.tokens.get(item, 0.0) / middle["ours"],
+            "ours_flops": flops,
+            "of_gemm": flops / rate,
+            "mfu": flops / peak if peak else None,
+            "ours_peak_bytes": peak_memory_bytes(),
+        }
+        for key in [a.name for a in there] or ["none"]:
+            pairs = [b / a for a, b in zip(taken["ours"], taken.get(key, taken["ours"]), strict=True)]
+            rows.append(common | {
+                "arm": key, "ratio": statistics.median(pairs) if there else None,
+                "ratio_spread": [min(pairs), max(pairs)] if there else None, "theirs_s": middle.get(key),
+                "theirs_first_s": compile_s.get(key), "theirs_peak_bytes": peaks.get(key), "loss_difference": off.get(key),
+            })  # fmt: skip
+    return rows
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    head = "| case | shape | item | arm | ours, s | theirs, s | ratio (spread) | tok/s | TFLOP/s | of GEMM | MFU |"
+    lines = [head, "|" + " --- |" * 11]
+    for r in rows:
+        low, high = r["ratio_spread"] or (0, 0)
+        ratio = f"{r['ratio']:.2f} ({low:.2f} to {high:.2f})" if r["ratio"] else ""
+        mfu = f"{r['mfu']:.1%}" if r["mfu"] and r["ours_flops"] else ""
+        share = f"{r['of_gemm']:.0%}" if r["ours_flops"] else ""
+        theirs = f"{r['theirs_s']:.4g}" if r["theirs_s"] else ""
+        lines.append(
+            f"| {r['case']} | {r['shape']} | {r['item']} | {r['arm']} | {r['ours_s']:.4g} | {theirs} | {ratio} | "
+            f"{r['ours_tokens_per_s']:,.0f} | {r['ours_flops'] / 1e12:.3g} | {share} | {mfu} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    rows = [r for r in rows if r["ratio"]]
+    figure, axis = plt.subplots(figsize=(7, 1 + 0.4 * len(rows)), layout="constrained")
+    names = [f"{r['case']} {r['shape']} {r['item']}, {r['arm']}" for r in rows]
+    spread = [[r["ratio"] - r["ratio_spread"][0] for r in rows], [r["ratio_spread"][1] - r["ratio"] for r in rows]]
+    axis.barh(names, [r["ratio"] for r in rows], xerr=spread, color="#4477aa", ecolor="#999999")
+    axis.axvline(1.0, color="black", linewidth=0.8)
+    axis.invert_yaxis()
+    axis.set(xlabel="their time over ours (right of 1: we are faster)", title=rows[0]["device"] if rows else "")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status: 0 done, 2 for what the user can fix."""
+    on_gpu = jax.default_backend() == "gpu"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("--shape", required=True)
+    parser.add_argument("--arms", default="default,steelman", help="default, steelman, vllm (decode), or none")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--matmul", choices=("xla", "fp8"), default="xla")
+    parser.add_argument("--attention", choices=("xla", "cudnn"), default="cudnn" if on_gpu else "xla")
+    parser.add_argument("--remat", choices=("none", "dots", "full"))
+    parser.add_argument("--python", default=".venv-rollout/bin/python", help="of the environment with torch")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--chart", type=Path, help=".svg or .png")
+    options = parser.parse_args(argv)
+    console, arms = Console(stderr=True, soft_wrap=True), []
+    try:
+        ops = OpsConfig(matmul=options.matmul, attention=options.attention)
+        check_ops(ops)
+        s = shape(options.shape)
+        if options.remat:
+            s = ours.dataclasses.replace(s, remat=options.remat)
+        with tempfile.TemporaryDirectory(prefix="lnjax-bench-") as folder:
+            w = Work(s, ops, Path(folder), dense=options.case == "sft-dense")
+            side = CASES[options.case](w)
+            for name in [] if options.arms == "none" else options.arms.split(","):
+                console.print(f"starting {name}")
+                arms.append(
+                    Arm(name, python=options.python, case=options.case, folder=w.folder, settings=settings_of(s))
+                )
+            rows = compare(
+                side, arms, w=w, case=options.case, name=options.shape, rounds=options.rounds, console=console
+            )
+    except LnjaxError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    finally:
+        for arm in arms:
+            arm.close()
+    print(markdown(rows))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if options.chart:
+        draw(rows, options.chart)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,290 @@
+"""Our side of each case: the same programs that the loops run, on the shape's work. Each builder returns a Side."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lnjax import grpo, sft
+from lnjax.bench import shapes
+from lnjax.bench.shapes import Shape
+from lnjax.build import build_model
+from lnjax.checkpoint.hf import save_hf
+from lnjax.data.packing import microbatches
+from lnjax.mesh import make_mesh, put_rows
+from lnjax.models.decoder import Model, rope_tables
+from lnjax.ops.attention import attention_xla
+from lnjax.ops.cudnn import attention_cudnn
+from lnjax.ops.head import head_xla
+from lnjax.ops.matmul import matmul_fp8, matmul_xla
+from lnjax.planner.counts import flops_per_token
+from lnjax.rollout.embedded import EmbeddedEngine
+from lnjax.schema import (
+    AdvantageConfig,
+    EmbeddedConfig,
+    GrpoConfig,
+    MeshConfig,
+    ModelConfig,
+    OpsConfig,
+    OptimizerConfig,
+    PackConfig,
+    PromptConfig,
+    RunConfig,
+    SamplingConfig,
+    SftConfig,
+    SftDataConfig,
+)
+from lnjax.types import Completion, Prompt, Rollout, RolloutGroup, SamplingParams, Score
+
+RATE = 1e-5
+GREEDY = 8
+"""Tokens compared before decoding is timed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """What can be timed, each item by its name."""
+
+    first: Mapping[str, Any]
+    """What the arms must agree on before any time is taken."""
+    items: Mapping[str, Callable[[int], Any]]
+    """item(k) does step k and returns arrays to wait for."""
+    tokens: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Real tokens of one step."""
+    flops: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Of one step, by the project's convention."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    shape: Shape
+    ops: OpsConfig
+    folder: Path
+    """Where the other arms find weights and tokens."""
+    dense: bool
+    seed: int = 0
+
+    def model(self) -> Model:
+        c = RunConfig(
+            name="bench",
+            model=ModelConfig(spec=self.shape.spec, compute_dtype=self.shape.dtype, remat=self.shape.remat),
+            ops=self.ops,
+        )
+        return build_model(c, spec=self.shape.spec, mesh=make_mesh(MeshConfig(), devices=jax.devices()[:1]))
+
+    def params(self, model: Model, *, dtype: str) -> Any:
+        """Random weights; also written for the other arms, once, as float32 where they are and bfloat16 where they are."""
+        params = model.init_params(jax.random.key(self.seed), dtype=jnp.dtype(dtype))
+        if not (self.folder / "weights").exists():
+            save_hf(params, spec=self.shape.spec, folder=self.folder / "weights", dtype=dtype, finish=lambda _: None)
+        return params
+
+    def optimizer(self) -> OptimizerConfig:
+        return OptimizerConfig(learning_rate=RATE, b2=0.999)  # as torch.optim.AdamW, without decay
+
+
+def train(w: Work) -> Side:
+    """One SFT update over a batch of conversations, packed."""
+    s, model = w.shape, w.model()
+    pack = PackConfig(row_tokens=s.row_tokens, microbatch_rows=s.microbatch_rows)
+    c = SftConfig(
+        data=SftDataConfig(source="arithmetic"), steps=10**6, batch_rows=0, pack=pack, optimizer=w.optimizer()
+    )
+    updater = sft.build_updater(model, c, dtype=jnp.float32)
+    batches, tokens, flops = [], [], []
+    arrays: dict[str, Any] = {}
+    for i, batch in enumerate(shapes.conversations(s, seed=w.seed, dense=w.dense)):
+        sizes = np.array([len(x.token_ids) for x in batch], np.float64)
+        tokens.append(sizes.sum())
+        flops.append(sizes.sum() * flops_per_token(s.spec, context=(sizes**2).sum() / sizes.sum()))
+        rows = shapes.packed(s, batch).batch()
+        batches.append(put_rows(model.compute.ops.mesh, microbatches(rows, rows=s.microbatch_rows)))
+        arrays |= {f"{f.name}_{i}": getattr(rows, f.name) for f in dataclasses.fields(rows)}
+        for j, x in enumerate(batch):
+            arrays |= {f"ids_{i}_{j}": np.array(x.token_ids), f"mask_{i}_{j}": np.array(x.loss_mask)}
+    np.savez(w.folder / "work.npz", **arrays)
+    state = updater.init(w.params(model, dtype="float32"), step=0, rng=jax.random.key(1))
+    kept = {"state": state}
+
+    def update(k: int) -> Any:
+        kept["state"], stats = updater.update(kept["state"], batches[k % len(batches)])
+        return stats
+
+    first = {name: float(x) for name, x in update(0).items() if name in ("loss", "grad_norm")}
+    count = len(batches)
+    return Side(first, {"step": update}, {"step": sum(tokens) / count}, {"step": sum(flops) / count})
+
+
+def logprob(w: Work) -> Side:
+    """Logprobs of every token of whole rows, as before an update."""
+    s, model = w.shape, w.model()
+    batch = shapes.conversations(s, seed=w.seed, dense=True)[0]
+    rows = shapes.packed(s, batch).batch()
+    np.savez(w.folder / "work.npz", tokens=rows.tokens_BT)
+    parts = put_rows(model.compute.ops.mesh, microbatches(rows, rows=s.microbatch_rows))
+    params = w.params(model, dtype=s.dtype)
+    run = jax.jit(lambda p, x: model.logprobs(p, x.tokens_BT, x.positions_BT, x.segment_ids_BT).logprobs_BT)
+
+    def score(k: int) -> Any:
+        return [run(params, x) for x in parts]
+
+    tokens = rows.tokens_BT.size
+    flops = tokens * flops_per_token(s.spec, context=s.row_tokens) / 3
+    mean = float(np.mean([np.asarray(x).mean() for x in score(0)]))
+    return Side({"loss": -mean}, {"pass": score}, {"pass": tokens}, {"pass": flops})
+
+
+def _engine(w: Work, model: Model, *, slots: int) -> EmbeddedEngine:
+    length = w.shape.prompt_tokens + w.shape.new_tokens
+    c = EmbeddedConfig(
+        num_slots=slots,
+        max_len=-(-length // 64) * 64,
+        decode_chunk=32,
+        prefill_rows=w.shape.prompts,
+        dtype=w.shape.dtype,
+    )
+    return EmbeddedEngine(model, c=c, key=jax.random.key(w.seed))
+
+
+def _sampling(new_tokens: int, *, temperature: float = 1.0) -> SamplingParams:
+    return SamplingParams(temperature, 1.0, 0, new_tokens, ())
+
+
+def _prompts(w: Work) -> list[Prompt]:
+    ids = shapes.prompt_ids(w.shape, seed=w.seed)
+    np.savez(w.folder / "work.npz", prompts=np.array(ids))
+    return [Prompt(f"bench/{i}", x, "", {}) for i, x in enumerate(ids)]
+
+
+def decode(w: Work) -> Side:
+    """All samples of all prompts at once, to the full length; and one sequence alone."""
+    s, model, prompts = w.shape, w.model(), _prompts(w)
+    engine = _engine(w, model, slots=s.prompts * s.samples)
+    single = _engine(w, model, slots=1)
+    params = w.params(model, dtype=s.dtype)
+    for e in (engine, single):
+        e.load_weights(0, params)
+    del params
+    greedy = engine.generate(prompts, num_samples=1, sampling=_sampling(GREEDY, temperature=0.0), seed=0)
+    first = {"tokens": [list(c.token_ids) for group in greedy for c in group]}
+
+    def batch(k: int) -> Any:
+        return engine.generate(prompts, num_samples=s.samples, sampling=_sampling(s.new_tokens), seed=k) and None
+
+    def alone(k: int) -> Any:
+        return single.generate(prompts[:1], num_samples=1, sampling=_sampling(s.new_tokens), seed=k) and None
+
+    many = f"batch {s.prompts * s.samples}"
+    tokens = {many: s.prompts * s.samples * s.new_tokens, "batch 1": s.new_tokens}
+    return Side(first, {many: batch, "batch 1": alone}, tokens)
+
+
+def reinforce(w: Work) -> Side:
+    """One whole GRPO iteration: sample, reward, credit, pack, update, publish."""
+    s, model, prompts = w.shape, w.model(), _prompts(w)
+    c = GrpoConfig(
+        prompts=PromptConfig(source="bench"),
+        prompts_per_step=s.prompts,
+        samples_per_prompt=s.samples,
+        steps=10**6,
+        sampling=SamplingConfig(max_new_tokens=s.new_tokens),
+        advantage=AdvantageConfig(baseline="group_mean"),
+        pack=PackConfig(row_tokens=s.row_tokens, microbatch_rows=s.microbatch_rows),
+        optimizer=w.optimizer(),
+    )
+    engine, updater = _engine(w, model, slots=s.prompts * s.samples), grpo.build_updater(model, c, dtype=jnp.float32)
+    kept = {"state": updater.init(w.params(model, dtype="float32"), step=0, rng=jax.random.key(1))}
+    engine.load_weights(0, kept["state"].params)
+    greedy = engine.generate(prompts, num_samples=1, sampling=_sampling(GREEDY, temperature=0.0), seed=0)
+
+    def iteration(k: int) -> Any:
+        completions = engine.generate(prompts, num_samples=s.samples, sampling=_sampling(s.new_tokens), seed=k)
+        groups = [
+            RolloutGroup(p, tuple(Rollout(p, x, reward(x)) for x in group))
+            for p, group in zip(prompts, completions, strict=True)
+        ]
+        rows = put_rows(model.compute.ops.mesh, grpo.pack_part(grpo.credit(groups, c=c), c=c, first=True))
+        kept["state"], stats = updater.update(kept["state"], rows)
+        engine.load_weights(k + 1, kept["state"].params)
+        return stats
+
+    first = {"tokens": [list(x.token_ids) for group in greedy for x in group]}
+    return Side(first, {"iteration": iteration}, {"iteration": s.prompts * s.samples * s.new_tokens})
+
+
+def reward(x: Completion) -> Score:
+    """Share of even token ids: a rule that costs nothing and tells samples apart."""
+    return Score(sum(t % 2 == 0 for t in x.token_ids) / len(x.token_ids))
+
+
+def kernels(w: Work) -> Side:
+    """Forward and backward of one layer, the head, and attention alone."""
+    s, model = w.shape, w.model()
+    spec, dtype, mesh = s.spec, jnp.dtype(s.dtype), model.compute.ops.mesh
+    keys, tokens = jax.random.split(jax.random.key(w.seed), 8), s.microbatch_rows * s.row_tokens
+    heads, kv = spec.num_heads, spec.blocks[0].attention.num_kv_heads if spec.blocks[0].attention else 1
+    shape = (s.microbatch_rows, s.row_tokens)
+    x = jax.random.normal(keys[0], (*shape, spec.d_model), dtype)
+    ids = jax.random.randint(keys[1], shape, 0, spec.vocab_size)
+    table = 0.02 * jax.random.normal(keys[2], (spec.vocab_size, spec.d_model), dtype)
+    q, k, v = (
+        jax.random.normal(key, (*shape, n, spec.head_dim), dtype)
+        for key, n in zip(keys[3:6], (heads, kv, kv), strict=True)
+    )
+    ones, params = jnp.ones(shape, jnp.int32), model.init_params(keys[6], dtype=dtype)
+    attend = attention_cudnn if w.ops.attention == "cudnn" else attention_xla
+    product = matmul_fp8 if w.ops.matmul == "fp8" else matmul_xla
+
+    def layer(params, x):
+        return _one_layer(model, params, x, ones).astype(jnp.float32).mean()
+
+    def head(x, table):
+        return head_xla(x, table, ids, mesh=mesh).logprobs_BT.mean()
+
+    runs = {
+        "matmul": (jax.jit(product), (x.reshape(-1, spec.d_model), params["runs"]["0"]["ffn"]["gate"][0])),
+        "attention": (jax.jit(lambda q, k, v: attend(q, k, v, ones, ones, jnp.int32(0))), (q, k, v)),
+        "attention both": (
+            jax.jit(
+                jax.grad(lambda q, k, v: attend(q, k, v, ones, ones, jnp.int32(0)).astype(jnp.float32).sum(), (0, 1, 2))
+            ),
+            (q, k, v),
+        ),
+        "head both": (jax.jit(jax.value_and_grad(head, (0, 1))), (x[:1], table)),
+        "layer both": (jax.jit(jax.grad(layer, (0, 1))), (params["runs"], x)),
+    }
+    ffn = spec.blocks[0].ffn.width if spec.blocks[0].ffn else 0
+    scores = 2 * s.microbatch_rows * s.row_tokens**2 * heads * spec.head_dim  # causal: half of 4 T^2
+    flops = {
+        "matmul": 2 * tokens * spec.d_model * ffn,
+        "attention": scores,
+        "attention both": 3.5 * scores,
+        "head both": 6 * s.row_tokens * spec.d_model * spec.vocab_size,
+        "layer both": tokens * (flops_per_token(spec, context=s.row_tokens) - 6 * spec.vocab_size * spec.d_model),
+    }
+    items = {name: functools.partial(lambda f, a, k: f(*a), f, a) for name, (f, a) in runs.items()}
+    return Side({}, items, {name: tokens for name in items}, flops)
+
+
+def _one_layer(model: Model, runs: Any, x: Any, segments: Any) -> Any:
+    """The first block on hidden states."""
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
+    rope, c = rope_tables(model.spec, positions), model.compute
+    block = model.layers({"layers": [jax.tree.map(lambda a: a[0], runs["0"])]})[0]
+    return block(x, rope, lambda q, k, v: c.ops.attention(q, k, v, segments), c)
+
+
+CASES: Mapping[str, Callable[[Work], Side]] = {
+    "sft": train,
+    "sft-dense": train,
+    "logprob": logprob,
+    "decode": decode,
+    "grpo": reinforce,
+    "ops": kernels,
+}
