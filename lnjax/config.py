@@ -33,6 +33,7 @@ FREE_ON_RESUME = (
         "checkpoint.export_hf",
     ),
     *("mesh.data", "mesh.fsdp", "mesh.tensor"),  # a checkpoint restores on any mesh
+    "profile",
     *("cluster.start_deadline_s", "cluster.heartbeat_s", "cluster.step_deadline_s"),
 )
 """Keys a resumed run may change."""

@@ -362,3 +362,5 @@ class RunConfig:
     record: RecordConfig = RecordConfig()
     cluster: ClusterConfig = ClusterConfig()
     """Deadlines between processes."""
+    profile: str = ""
+    """`steps=5..8`: trace these steps of every stage (process 0) into RUN_DIR/profile and print where their time went."""

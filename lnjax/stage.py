@@ -10,6 +10,7 @@ from lnjax.alive import Notice, Watchdog
 from lnjax.checkpoint.store import Checkpoints
 from lnjax.errors import Stopped
 from lnjax.metrics import MetricsLog
+from lnjax.profile import Profile
 from lnjax.record import RolloutRecord
 
 
@@ -42,8 +43,10 @@ class Stage:
     """Evaluations so far; kept with every checkpoint."""
     watchdog: Watchdog
     notice: Notice
+    profile: Profile
 
     def begin(self, step: int) -> None:
+        self.profile.begin(self.name, step)
         self.watchdog.at(f"{self.name} step {step}")
 
     def stop_asked(self) -> bool:

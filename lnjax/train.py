@@ -20,6 +20,7 @@ from lnjax.evaluate import EvalResult, evaluate
 from lnjax.fit import check_fits
 from lnjax.metrics import MetricsLog, peak_memory_bytes, write_json
 from lnjax.models.hf import hf_config
+from lnjax.profile import Profile
 from lnjax.record import RolloutRecord
 from lnjax.report.curve import plot_run
 from lnjax.report.page import write_page
@@ -90,7 +91,10 @@ def run(c: RunConfig, run_dir: Path, *, watchdog: Watchdog, notice: Notice) -> d
         if saved:
             log.note(f"resuming {run_dir} from checkpoint {latest}: {saved['stage']} step {saved['step']}")
         r = Resources(log, store, engine, reward, publisher, streams, record)
-        params, evals = _run_stages(b, r, saved=saved, watchdog=watchdog, notice=notice)
+        profile = Profile(c.profile if first else "", run_dir / "profile")
+        stack.callback(profile.close)
+        params, evals = _run_stages(b, r, saved=saved, watchdog=watchdog, notice=notice, profile=profile)
+        profile.close()
         store.wait()
         if c.checkpoint.export_hf:
             with watchdog.phase("export"):
@@ -118,7 +122,7 @@ def _streams(b: Built) -> dict[str, Any]:
 
 
 def _run_stages(
-    b: Built, r: Resources, *, saved: dict[str, Any] | None, watchdog: Watchdog, notice: Notice
+    b: Built, r: Resources, *, saved: dict[str, Any] | None, watchdog: Watchdog, notice: Notice, profile: Profile
 ) -> tuple[Any, dict[str, Any]]:
     """(final parameters, evaluations by what they came after)."""
     c, evals = b.config, dict(saved["evals"]) if saved else {}
@@ -136,7 +140,7 @@ def _run_stages(
         _keep(evals, "init", evaluate(b, r, after="init", step=0, params=params))
     for index in range(first, len(stages)):
         name, config = stages[index]
-        stage = Stage(name, r.store, r.log, r.record, c.checkpoint.every, described, evals, watchdog, notice)
+        stage = Stage(name, r.store, r.log, r.record, c.checkpoint.every, described, evals, watchdog, notice, profile)
         here = saved if index == first else None
         source = functools.partial(lambda p: p, params)
         start = Position(source, updates, here["step"] if here else 0, here)

@@ -15,7 +15,7 @@ FLOORS = [
     {"schema"},
     {"types", "proxy", "distributed", "stages"},
     {"config", "alive"},
-    {"mesh", "metrics", "health", "sources"},
+    {"mesh", "metrics", "health", "sources", "profile"},
     {"ops"},
     {"models", "learn"},
     {"data", "rollout", "rewards", "checkpoint"},
@@ -27,9 +27,9 @@ FLOORS = [
     {"report"},
     {"train", "flags"},
     {"slurm", "planner"},
-    {"launch", "plan", "convert", "serve", "passrate"},
+    {"launch", "plan", "convert", "serve", "passrate", "bench"},
 ]
-ROOMS = {"models", "learn", "ops", "data", "rollout", "rewards", "checkpoint", "planner", "report"}
+ROOMS = {"models", "learn", "ops", "data", "rollout", "rewards", "checkpoint", "planner", "report", "bench"}
 NO_JAX = {
     "errors.py",
     "architecture.py",
@@ -51,21 +51,21 @@ GUESTS = {
     "orbax": "checkpoint",
     "gguf": ("checkpoint", "data"),  # its tokenizer and its tensors
     "optax": "learn",
-    "tokenizers": "data",
-    "transformers": "data",
+    "tokenizers": ("data", "bench"),
+    "transformers": ("data", "bench"),
     "grain": "data",
     "jinja2": "data",
     "tensorboardX": "metrics.py",
-    "rich": ("metrics.py", "launch.py", "plan.py", "planner"),
+    "rich": ("metrics.py", "profile.py", "launch.py", "plan.py", "planner", "bench"),
     "tyro": ("config.py", "schema.py"),
-    "matplotlib": ("report", "passrate.py"),
+    "matplotlib": ("report", "passrate.py", "bench"),
     "math_verify": "rewards",
     "nltk": "rewards",
     "jsonschema": "rewards",
     "referencing": "rewards",
     "httpx": ("rollout", "rewards"),
-    "torch": (),  # these three only in PLUGIN
-    "vllm": (),
+    "torch": "bench",  # one file of it, which runs in an environment of its own; else only in PLUGIN, as the next two
+    "vllm": "bench",
     "tensorstore": (),
 }
 

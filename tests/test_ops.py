@@ -34,15 +34,16 @@ def naive_attention(q, k, v, segments):
     return np.einsum("bnts,bsnh->btnh", weights, v)
 
 
+@pytest.mark.parametrize("serial", [False, True])
 @pytest.mark.parametrize("length", [16, 300, 2100])
-def test_packed_documents_never_see_each_other_and_padding_is_zero(length):
+def test_packed_documents_never_see_each_other_and_padding_is_zero(length, serial):
     rng = np.random.default_rng(0)
     q = rng.normal(size=(2, length, 4, 8)).astype(np.float32)
     k, v = (rng.normal(size=(2, length, 2, 8)).astype(np.float32) for _ in range(2))
     segments = np.zeros((2, length), np.int32)
     segments[0, : length // 3], segments[0, length // 3 :] = 1, 2
     segments[1, : length // 2] = 1
-    attend = jax.jit(lambda q, k, v: attention_xla(q, k, v, segments, segments, jnp.int32(0)))
+    attend = jax.jit(lambda q, k, v: attention_xla(q, k, v, segments, segments, jnp.int32(0), serial=serial))
     out = attend(q, k, v)
     close(out, naive_attention(q, k, v, segments), 2e-5)
     assert not np.asarray(out)[1, length // 2 :].any()

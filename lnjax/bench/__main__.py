@@ -34,6 +34,7 @@ from lnjax.bench.shapes import NUM_BATCHES, Shape, shape
 from lnjax.errors import ConfigError, LnjaxError
 from lnjax.metrics import peak_memory_bytes
 from lnjax.ops.select import check_ops
+from lnjax.profile import table
 from lnjax.schema import OpsConfig
 
 PEAK_FLOPS = {"NVIDIA H100": 989e12, "NVIDIA H200": 989e12}
@@ -91,7 +92,9 @@ def settings_of(s: Shape) -> dict[str, Any]:
         **{name: getattr(s.spec, name) for name in ("d_model", "vocab_size", "num_heads", "head_dim")},
         **{
             name: getattr(s, name)
-            for name in ("dtype remat row_tokens microbatch_rows prompts samples prompt_tokens new_tokens".split())
+            for name in (
+                ["dtype", "remat", "row_tokens", "microbatch_rows", "prompts", "samples", "prompt_tokens", "new_tokens"]
+            )
         },
     }
 
@@ -219,6 +222,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--attention", choices=("xla", "cudnn"), default="cudnn" if on_gpu else "xla")
     parser.add_argument("--remat", choices=("none", "dots", "full"))
     parser.add_argument("--python", default=".venv-rollout/bin/python", help="of the environment with torch")
+    parser.add_argument("--profile", type=Path, help="folder for a trace of one of our steps")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--chart", type=Path, help=".svg or .png")
     options = parser.parse_args(argv)
@@ -230,13 +234,19 @@ def main(argv: Sequence[str]) -> int:
         if options.remat:
             s = ours.dataclasses.replace(s, remat=options.remat)
         with tempfile.TemporaryDirectory(prefix="lnjax-bench-") as folder:
-            w = Work(s, ops, Path(folder), dense=options.case == "sft-dense")
+            w = Work(s, ops, Path(folder), dense=options.case == "sft-dense", shared=options.arms != "none")
             side = CASES[options.case](w)
             for name in [] if options.arms == "none" else options.arms.split(","):
                 console.print(f"starting {name}")
                 arms.append(
                     Arm(name, python=options.python, case=options.case, folder=w.folder, settings=settings_of(s))
                 )
+            if options.profile:
+                for item, run in side.items.items():
+                    timed(run, 0)
+                    with jax.profiler.trace(str(options.profile / item)):
+                        timed(run, 1)
+                    console.print(table(options.profile / item))
             rows = compare(
                 side, arms, w=w, case=options.case, name=options.shape, rounds=options.rounds, console=console
             )

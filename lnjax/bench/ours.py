@@ -68,6 +68,8 @@ class Work:
     folder: Path
     """Where the other arms find weights and tokens."""
     dense: bool
+    shared: bool
+    """Whether there are any."""
     seed: int = 0
 
     def model(self) -> Model:
@@ -79,9 +81,9 @@ class Work:
         return build_model(c, spec=self.shape.spec, mesh=make_mesh(MeshConfig(), devices=jax.devices()[:1]))
 
     def params(self, model: Model, *, dtype: str) -> Any:
-        """Random weights; also written for the other arms, once, as float32 where they are and bfloat16 where they are."""
+        """Random weights, written for the other arms in their own dtype."""
         params = model.init_params(jax.random.key(self.seed), dtype=jnp.dtype(dtype))
-        if not (self.folder / "weights").exists():
+        if self.shared:
             save_hf(params, spec=self.shape.spec, folder=self.folder / "weights", dtype=dtype, finish=lambda _: None)
         return params
 
@@ -245,7 +247,7 @@ def kernels(w: Work) -> Side:
         return _one_layer(model, params, x, ones).astype(jnp.float32).mean()
 
     def head(x, table):
-        return head_xla(x, table, ids, mesh=mesh).logprobs_BT.mean()
+        return head_xla(x, table, ids[:1], mesh=mesh).logprobs_BT.mean()
 
     runs = {
         "matmul": (jax.jit(product), (x.reshape(-1, spec.d_model), params["runs"]["0"]["ffn"]["gate"][0])),
@@ -269,7 +271,7 @@ def kernels(w: Work) -> Side:
         "layer both": tokens * (flops_per_token(spec, context=s.row_tokens) - 6 * spec.vocab_size * spec.d_model),
     }
     items = {name: functools.partial(lambda f, a, k: f(*a), f, a) for name, (f, a) in runs.items()}
-    return Side({}, items, {name: tokens for name in items}, flops)
+    return Side({}, items, dict.fromkeys(items, tokens), flops)
 
 
 def _one_layer(model: Model, runs: Any, x: Any, segments: Any) -> Any:

@@ -36,7 +36,9 @@ class Updater:
         state = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         self._first = jax.jit(functools.partial(_gradient, loss_fn), out_shardings=(where, None))
         self._next = jax.jit(functools.partial(_accumulate, loss_fn), out_shardings=(where, None), donate_argnums=(1,))
-        self._apply = jax.jit(self._apply_gradient, out_shardings=(state, None), donate_argnums=(0,))
+        self._apply = jax.jit(
+            jax.named_scope("optimizer")(self._apply_gradient), out_shardings=(state, None), donate_argnums=(0,)
+        )
         self._init = jax.jit(self._init_state, out_shardings=state, donate_argnums=(0,))
 
     def init(self, params: Any, *, step: int, rng: Array) -> TrainState:

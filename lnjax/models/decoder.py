@@ -141,9 +141,11 @@ class Blocks(nnx.Module):
 
     def __call__(self, x_BTD: Array, rope: tuple[Array, Array], attend: Attend, c: Compute) -> Array:
         if hasattr(self, "attention"):
-            x_BTD = x_BTD + self.attention(x_BTD, rope, attend, c)
+            with jax.named_scope("attention"):
+                x_BTD = x_BTD + self.attention(x_BTD, rope, attend, c)
         if hasattr(self, "ffn"):
-            x_BTD = x_BTD + self.ffn(x_BTD, c)
+            with jax.named_scope("ffn"):
+                x_BTD = x_BTD + self.ffn(x_BTD, c)
         return x_BTD
 
 
@@ -277,7 +279,8 @@ class Model:
     def embed(self, params: Params, tokens_BT: Array) -> Array:
         c = self.compute
         table = gather(params["embed"], ("vocab", "embed"), c)
-        return embed_xla(table, tokens_BT, mesh=c.ops.mesh)
+        with jax.named_scope("embed"):
+            return embed_xla(table, tokens_BT, mesh=c.ops.mesh)
 
     def final_norm(self, params: Params, x_BTD: Array) -> Array:
         return rms_norm(x_BTD, params["final_norm"].astype(self.compute.dtype), eps=self.spec.rms_eps)
@@ -310,7 +313,8 @@ class Model:
         """HeadOutput for every token given those before it in its segment; 0 at the first of a segment or branch, and padding."""
         x = self.hidden(params, tokens_BT, positions_BT, segments_BT)
         targets = jnp.roll(tokens_BT, -1, axis=1)
-        out = self.compute.ops.head(x, self.head_weight(params), targets, temperature=temperature)
+        with jax.named_scope("head"):
+            out = self.compute.ops.head(x, self.head_weight(params), targets, temperature=temperature)
         inner = (positions_BT > 0) & (segments_BT > 0) & (segments_BT == jnp.roll(segments_BT, 1, axis=1))
         return type(out)(*(jnp.where(inner, jnp.roll(a, 1, axis=1), 0.0) for a in out))
 
@@ -334,6 +338,11 @@ _settle.defvjp(lambda tree: (tree, None), lambda _, g: (jax.lax.optimization_bar
 def _remat(layer: Callable, policy: str, *, length: int) -> Callable:
     if policy == "none":
         return layer
-    kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
     # A loop keeps the compiler from merging the recomputation with the first pass; a loop over one layer is no loop.
-    return jax.checkpoint(layer, policy=kept, prevent_cse=length == 1)
+    return jax.checkpoint(layer, policy=_keep_dots if policy == "dots" else None, prevent_cse=length == 1)
+
+
+def _keep_dots(primitive: Any, *args: Any, **params: Any) -> Any:
+    """Matmul outputs, and what cuDNN's attention leaves for its backward pass."""
+    kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
+    return kept or primitive.name.startswith("dot_product_attention_fwd")

@@ -5,6 +5,7 @@ Legend: B rows, T queries, S keys, K kv heads, G query heads of each, N = K x G,
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,12 @@ from jax.sharding import Mesh
 from lnjax.mesh import partition, positions_axis
 from lnjax.types import BRANCH
 
-SHORT_ROW = 512
-"""Up to here the scores of a whole row are made at once."""
 BLOCK = 1024
-"""Queries, and keys, of one tile of scores in a longer row."""
-NO_SCORE = -1e30
+"""Queries, and keys, of one tile of scores; a shorter row is one tile."""
+BLOCK_SERIAL = 128
+"""The same where sequences and heads go one after the other: a tile that stays in a core's cache."""
+NO_SCORE, LOWEST = -1e30, -1e20
+"""A masked score; where the running maximum begins. exp(NO_SCORE - anything from LOWEST on) is 0."""
 
 
 def attention_sharded(
@@ -38,148 +40,192 @@ def attention_sharded(
 
 
 def attention_xla(
-    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, q_segments_BT: Array, k_segments_BS: Array, start: Array
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    q_segments_BT: Array,
+    k_segments_BS: Array,
+    start: Array,
+    *,
+    serial: bool = False,
 ) -> Array:
     """Grouped-query attention in plain XLA; [B, T, N, H] in q's dtype. `start`: position of the first query in its row.
 
-    A row longer than SHORT_ROW goes in tiles with a running softmax (arXiv 2205.14135): memory is that of one tile, tiles
-    above the diagonal are left out, and the backward pass makes each tile's scores again. Softmax in float32.
+    Tiles with a running softmax (arXiv 2205.14135): memory is that of one tile, tiles above the diagonal and tiles of other
+    documents are left out, and the backward pass makes each tile's scores again. Softmax in float32. `serial` (for CPUs) takes
+    rows and heads one after the other, so that a row leaves out its own tiles and every product is of two matrices.
     """
-    num_queries, num_keys = q_BTNH.shape[1], k_BSKH.shape[1]
-    if num_keys <= SHORT_ROW:
-        rows = start + jnp.arange(num_queries)
-        mask = _mask(q_segments_BT, k_segments_BS, rows, jnp.arange(num_keys))
-        return attend_masked(q_BTNH, k_BSKH, v_BSKH, mask)
     b, t, n, h = q_BTNH.shape
-    q = q_BTNH.reshape(b, t, k_BSKH.shape[2], -1, h)
-    q, q_segments = _pad(q), _pad(q_segments_BT)
-    k, v, k_segments = _pad(k_BSKH), _pad(v_BSKH), _pad(k_segments_BS)
-    return _tiled(q, k, v, q_segments, k_segments, start)[:, :t].reshape(b, t, n, h)
+    block = BLOCK_SERIAL if serial else BLOCK
+    q = _pad(q_BTNH.reshape(b, t, k_BSKH.shape[2], -1, h), block)
+    k, v = _pad(k_BSKH, block), _pad(v_BSKH, block)
+    q_segments, k_segments = _pad(q_segments_BT, block), _pad(k_segments_BS, block)
+    out = _tiled(q, k, v, q_segments, k_segments, start, block, serial)
+    return out[:, :t].reshape(b, t, n, h)
 
 
-def _pad(x: Array) -> Array:
+def _pad(x: Array, block: int) -> Array:
     """Dim 1 filled up with zeros (segment 0: padding) to whole tiles."""
-    return jnp.pad(x, [(0, -x.shape[1] % min(BLOCK, x.shape[1]) if i == 1 else 0) for i in range(x.ndim)])
+    return jnp.pad(x, [(0, -x.shape[1] % min(block, x.shape[1]) if i == 1 else 0) for i in range(x.ndim)])
 
 
 def _mask(q_segments: Array, k_segments: Array, q_rows: Array, k_rows: Array) -> Array:
-    """[B, T, S]: True where the query sees the key: one before it, of its own branch or of its segment's trunk."""
+    """[T, S]: True where the query sees the key: one before it, of its own branch or of its segment's trunk."""
     trunk = q_segments % BRANCH
-    seen = (q_segments[:, :, None] == k_segments[:, None, :]) | (trunk[:, :, None] == k_segments[:, None, :])
-    return seen & (q_segments[:, :, None] > 0) & (q_rows[:, None] >= k_rows[None, :])[None]
+    seen = (q_segments[:, None] == k_segments[None, :]) | (trunk[:, None] == k_segments[None, :])
+    return seen & (q_segments[:, None] > 0) & (q_rows[:, None] >= k_rows[None, :])
+
+
+def _needed(q_segments: Array, k_segments: Array, start: Array, *, rows: int, columns: int) -> tuple[Array, Array]:
+    """(first, end) tile of keys for each tile of queries, int32 [B, T / rows]: from the first whose documents a query of the
+    tile may be of, to the diagonal."""
+
+    def span(segments: Array, size: int) -> tuple[Array, Array]:
+        number = segments.reshape(segments.shape[0], -1, size) % BRANCH
+        return jnp.where(number > 0, number, BRANCH).min(-1), number.max(-1)
+
+    (q_low, q_high), (k_low, k_high) = span(q_segments, rows), span(k_segments, columns)
+    common = (q_low[:, :, None] <= k_high[:, None]) & (k_low[:, None] <= q_high[:, :, None])
+    count = k_low.shape[1]
+    last = start + (1 + jnp.arange(q_low.shape[1])) * rows - 1
+    end = jnp.minimum(last // columns + 1, count)[None]
+    return jnp.minimum(jnp.where(common.any(-1), jnp.argmax(common, -1), count), end), jnp.broadcast_to(
+        end, q_low.shape
+    )
 
 
 class _Tiles:
-    """The tiles of one row of blocks: what both passes share."""
+    """The tiles of one row and kv head: what both passes share. q [T, G, H], k and v [S, H]."""
 
-    def __init__(self, q: Array, k: Array, q_segments: Array, k_segments: Array, start: Array):
-        self.rows, self.columns = min(BLOCK, q.shape[1]), min(BLOCK, k.shape[1])
-        self.num_rows, self.num_columns = q.shape[1] // self.rows, k.shape[1] // self.columns
+    def __init__(self, q: Array, k: Array, q_segments: Array, k_segments: Array, start: Array, block: int):
+        self.rows, self.columns = min(block, q.shape[0]), min(block, k.shape[0])
+        self.num_rows = q.shape[0] // self.rows
         self._q_segments, self._k_segments, self._start = q_segments, k_segments, start
         self._scale = q.shape[-1] ** -0.5
 
     def queries(self, x: Array, i: Array) -> Array:
-        return jax.lax.dynamic_slice_in_dim(x, i * self.rows, self.rows, axis=1)
+        """[rows x G, ...] of x [T, G, ...]."""
+        part = jax.lax.dynamic_slice_in_dim(x, i * self.rows, self.rows)
+        return part.reshape(-1, *x.shape[2:])
 
     def keys(self, x: Array, j: Array) -> Array:
-        return jax.lax.dynamic_slice_in_dim(x, j * self.columns, self.columns, axis=1)
-
-    def needed(self, i: Array) -> Array:
-        """Tiles that hold a key at or before the last query of row of blocks i."""
-        last = self._start + (i + 1) * self.rows - 1
-        return jnp.minimum(last // self.columns + 1, self.num_columns)
+        return jax.lax.dynamic_slice_in_dim(x, j * self.columns, self.columns)
 
     def scores(self, q: Array, k: Array, i: Array, j: Array) -> Array:
-        """[B, K, G, rows, columns] float32, NO_SCORE where masked."""
+        """[rows x G, columns] float32, NO_SCORE where masked."""
+        q_segments = jax.lax.dynamic_slice_in_dim(self._q_segments, i * self.rows, self.rows)
         q_rows = self._start + i * self.rows + jnp.arange(self.rows)
-        k_rows = j * self.columns + jnp.arange(self.columns)
-        mask = _mask(self.queries(self._q_segments, i), self.keys(self._k_segments, j), q_rows, k_rows)
-        scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * self._scale
-        return jnp.where(mask[:, None, None], scores, NO_SCORE)
+        mask = _mask(q_segments, self.keys(self._k_segments, j), q_rows, j * self.columns + jnp.arange(self.columns))
+        scores = _dot(q, k, 1, 1) * self._scale
+        return jnp.where(mask[:, None], scores.reshape(self.rows, -1, self.columns), NO_SCORE).reshape(scores.shape)
 
 
-@jax.custom_vjp
-def _tiled(q: Array, k: Array, v: Array, q_segments: Array, k_segments: Array, start: Array) -> Array:
-    return _tiled_fwd(q, k, v, q_segments, k_segments, start)[0]
+def _dot(a: Array, b: Array, i: int, j: int) -> Array:
+    """Product over dim i of a and dim j of b, in float32."""
+    return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _tiled_fwd(q, k, v, q_segments, k_segments, start):
-    tiles = _Tiles(q, k, q_segments, k_segments, start)
+def _each(f: Callable[..., Any], q_like: tuple, k_like: tuple, by_row: tuple, bounds: tuple, *, serial: bool) -> Any:
+    """f(*arrays of one row and kv head) for all: q_like [B, T, K, G, ...], k_like [B, S, K, ...], by_row [B, ...]; results
+    [B, K, ...]. In parallel all rows share the widest `bounds`."""
+    q_like, k_like = (tuple(jnp.moveaxis(x, 2, 1) for x in xs) for xs in (q_like, k_like))
+    if serial:
+        b, kv = k_like[0].shape[:2]
 
-    def row(i):
-        q_i = tiles.queries(q, i)
+        def one(at: Array) -> Any:
+            row, head = at // kv, at % kv
+            return f(*(x[row, head] for x in (*q_like, *k_like)), *(x[row] for x in (*by_row, *bounds)))
 
-        def tile(j, carry):
-            out, top, total = carry
-            scores = tiles.scores(q_i, tiles.keys(k, j), i, j)
-            new_top = jnp.maximum(top, scores.max(-1))
-            p = jnp.where(scores > NO_SCORE, jnp.exp(scores - new_top[..., None]), 0.0)
-            shrink = jnp.exp(top - new_top)
-            add = jnp.einsum(
-                "bkgts,bskh->bkgth", p.astype(v.dtype), tiles.keys(v, j), preferred_element_type=jnp.float32
-            )
-            return out * shrink[..., None] + add, new_top, total * shrink + p.sum(-1)
+        found = jax.lax.map(one, jnp.arange(b * kv))
+        return jax.tree.map(lambda x: x.reshape(b, kv, *x.shape[1:]), found)
+    shared = bounds[0].min(0), bounds[1].max(0)
 
-        b, t, kv, g, h = q_i.shape
-        init = (jnp.zeros((b, kv, g, t, h)), jnp.full((b, kv, g, t), NO_SCORE), jnp.zeros((b, kv, g, t)))
-        out, top, total = jax.lax.fori_loop(0, tiles.needed(i), tile, init)
-        total = jnp.maximum(total, 1e-30)
-        return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
+    def row(*xs: Any) -> Any:
+        heads, rest = xs[: len(q_like) + len(k_like)], xs[len(q_like) + len(k_like) :]
+        return jax.vmap(lambda *h: f(*h, *rest, *shared))(*heads)
 
-    out, lse = jax.lax.map(row, jnp.arange(tiles.num_rows))  # [rows of blocks, B, K, G, rows, ...]
-    whole = jnp.moveaxis(out, (0, 4), (1, 2)).reshape(q.shape)
-    return whole, (q, k, v, q_segments, k_segments, start, whole, lse)
+    return jax.vmap(row)(*q_like, *k_like, *by_row)
 
 
-def _tiled_bwd(residuals, g):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _tiled(q, k, v, q_segments, k_segments, start, block: int, serial: bool) -> Array:
+    return _tiled_fwd(q, k, v, q_segments, k_segments, start, block, serial)[0]
+
+
+def _bounds(q, k, q_segments, k_segments, start, block):
+    return _needed(q_segments, k_segments, start, rows=min(block, q.shape[1]), columns=min(block, k.shape[1]))
+
+
+def _tiled_fwd(q, k, v, q_segments, k_segments, start, block, serial):
+    def one(q, k, v, q_segments, k_segments, first, end):
+        tiles = _Tiles(q, k, q_segments, k_segments, start, block)
+
+        def row(i):
+            q_i = tiles.queries(q, i)
+
+            def tile(j, carry):
+                out, top, total = carry
+                scores = tiles.scores(q_i, tiles.keys(k, j), i, j)
+                new_top = jnp.maximum(top, scores.max(-1))
+                p, shrink = jnp.exp(scores - new_top[:, None]), jnp.exp(top - new_top)
+                add = _dot(p.astype(v.dtype), tiles.keys(v, j), 1, 0)
+                return out * shrink[:, None] + add, new_top, total * shrink + p.sum(-1)
+
+            size = q_i.shape[0]
+            init = (jnp.zeros(q_i.shape, jnp.float32), jnp.full((size,), LOWEST), jnp.zeros((size,)))
+            out, top, total = jax.lax.fori_loop(first[i], end[i], tile, init)
+            total = jnp.maximum(total, 1e-30)
+            return (out / total[:, None]).astype(q.dtype), top + jnp.log(total)
+
+        out, lse = jax.lax.map(row, jnp.arange(tiles.num_rows))
+        return out.reshape(q.shape), lse
+
+    bounds = _bounds(q, k, q_segments, k_segments, start, block)
+    out, lse = _each(one, (q,), (k, v), (q_segments, k_segments), bounds, serial=serial)
+    out = jnp.moveaxis(out, 1, 2)
+    return out, (q, k, v, q_segments, k_segments, start, out, lse)
+
+
+def _tiled_bwd(block, serial, residuals, g):
     q, k, v, q_segments, k_segments, start, out, lse = residuals
-    tiles, scale = _Tiles(q, k, q_segments, k_segments, start), q.shape[-1] ** -0.5
-    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scale = q.shape[-1] ** -0.5
+    inner = (g.astype(jnp.float32) * out).sum(-1)
 
-    def row(carry, i):
-        q_i, g_i = tiles.queries(q, i), tiles.queries(g, i)
-        inner = (g_i.astype(jnp.float32) * tiles.queries(out, i)).sum(-1).transpose(0, 2, 3, 1)
+    def one(q, g, inner, k, v, lse, q_segments, k_segments, first, end):
+        tiles = _Tiles(q, k, q_segments, k_segments, start, block)
 
-        def tile(j, carry):
-            dq, dk, dv = carry
-            k_j, v_j = tiles.keys(k, j), tiles.keys(v, j)
-            scores = tiles.scores(q_i, k_j, i, j)
-            p = jnp.where(scores > NO_SCORE, jnp.exp(scores - lse[i][..., None]), 0.0)
-            dp = einsum("btkgh,bskh->bkgts", g_i, v_j)
-            ds = (p * (dp - inner[..., None]) * scale).astype(q.dtype)
-            dk = _add(dk, einsum("bkgts,btkgh->bskh", ds, q_i), j * tiles.columns)
-            dv = _add(dv, einsum("bkgts,btkgh->bskh", p.astype(q.dtype), g_i), j * tiles.columns)
-            return dq + einsum("bkgts,bskh->btkgh", ds, k_j), dk, dv
+        def row(carry, i):
+            q_i, g_i, inner_i = (tiles.queries(x, i) for x in (q, g, inner))
 
-        dq, dk, dv = jax.lax.fori_loop(0, tiles.needed(i), tile, (jnp.zeros(q_i.shape), *carry))
-        return (dk, dv), dq.astype(q.dtype)
+            def tile(j, carry):
+                dq, dk, dv = carry
+                k_j, v_j = tiles.keys(k, j), tiles.keys(v, j)
+                p = jnp.exp(tiles.scores(q_i, k_j, i, j) - lse[i][:, None])
+                ds = (p * (_dot(g_i, v_j, 1, 1) - inner_i[:, None]) * scale).astype(q.dtype)
+                at = j * tiles.columns
+                dk, dv = _add(dk, _dot(ds, q_i, 0, 0), at), _add(dv, _dot(p.astype(q.dtype), g_i, 0, 0), at)
+                return dq + _dot(ds, k_j, 1, 0), dk, dv
 
-    (dk, dv), dq = jax.lax.scan(row, (jnp.zeros(k.shape), jnp.zeros(v.shape)), jnp.arange(tiles.num_rows))
-    return jnp.moveaxis(dq, 0, 1).reshape(q.shape), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
+            dq, dk, dv = jax.lax.fori_loop(first[i], end[i], tile, (jnp.zeros(q_i.shape, jnp.float32), *carry))
+            return (dk, dv), dq.astype(q.dtype)
+
+        zeros = jnp.zeros(k.shape, jnp.float32)
+        (dk, dv), dq = jax.lax.scan(row, (zeros, zeros), jnp.arange(tiles.num_rows))
+        return dq.reshape(q.shape), dk.astype(k.dtype), dv.astype(v.dtype)
+
+    bounds = _bounds(q, k, q_segments, k_segments, start, block)
+    arrays = (q, g, inner), (k, v, jnp.moveaxis(lse, 1, 2)), (q_segments, k_segments)
+    found = _each(one, *arrays, bounds, serial=serial)
+    return *(jnp.moveaxis(x, 1, 2) for x in found), None, None, None
 
 
 _tiled.defvjp(_tiled_fwd, _tiled_bwd)
 
 
 def _add(total: Array, part: Array, at: Array) -> Array:
-    """`part` added to `total` along dim 1."""
-    old = jax.lax.dynamic_slice_in_dim(total, at, part.shape[1], axis=1)
-    return jax.lax.dynamic_update_slice_in_dim(total, old + part, at, axis=1)
-
-
-def attend_masked(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array) -> Array:
-    """Softmax attention where `mask_BTS` is True; a query that sees no key returns 0."""
-    b, t, n, h = q_BTNH.shape
-    kv = k_BSKH.shape[2]
-    q = q_BTNH.reshape(b, t, kv, n // kv, h)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k_BSKH, preferred_element_type=jnp.float32) * h**-0.5
-    mask = mask_BTS[:, None, None]
-    scores = jnp.where(mask, scores, NO_SCORE)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    weights = jnp.where(mask, weights, 0.0)
-    weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
-    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v_BSKH.dtype), v_BSKH)
-    return out.reshape(b, t, n, h)
+    """`part` added to `total` along dim 0."""
+    old = jax.lax.dynamic_slice_in_dim(total, at, part.shape[0])
+    return jax.lax.dynamic_update_slice_in_dim(total, old + part, at, 0)
 
 
 def attend_cached(q_SNH: Array, k_SKTH: Array, v_SKTH: Array, num_keys_S: Array) -> Array:

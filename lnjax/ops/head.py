@@ -18,7 +18,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lnjax.mesh import RULES, axis_size, check_divisible, partition, positions_axis
 
-LOGITS_BLOCK_BYTES = 64 * 2**20
+LOGITS_BLOCK_BYTES = {"cpu": 64 * 2**20, "gpu": 512 * 2**20}
+"""By platform. On a GPU many small blocks wait for memory: each adds to the whole gradient of the hidden states."""
 VOCAB = "tensor"
 WIDTH = ("fsdp", "context")
 assert (RULES["vocab"], RULES["embed"]) == (VOCAB, WIDTH)
@@ -61,9 +62,9 @@ def _head_bwd(mesh, temperature, residuals, cotangents):
 _head.defvjp(_head_fwd, _head_bwd)
 
 
-def _block_rows(num_tokens: int, num_rows: int) -> int:
+def _block_rows(num_tokens: int, num_rows: int, *, mesh: Mesh) -> int:
     """Vocabulary rows of one block."""
-    rows = LOGITS_BLOCK_BYTES // (4 * num_tokens) // 128 * 128
+    rows = LOGITS_BLOCK_BYTES[mesh.devices.flat[0].platform] // (4 * num_tokens) // 128 * 128
     return min(num_rows, max(128, rows))
 
 
@@ -85,7 +86,7 @@ def _forward(x_BTD, w_VD, targets_BT, *, mesh: Mesh, temperature: float):
         shape = targets_bt.shape
         x, targets = x_btd.reshape(-1, x_btd.shape[-1]), targets_bt.reshape(-1)
         targets = targets - jax.lax.axis_index(VOCAB) * w.shape[0]
-        block = _block_rows(x.shape[0], w.shape[0])
+        block = _block_rows(x.shape[0], w.shape[0], mesh=mesh)
 
         def body(index, carry):
             top, total, weighted, picked = carry
@@ -131,7 +132,7 @@ def _backward(x_BTD, w_VD, targets_BT, lse_BT, g_BT, *, mesh: Mesh, temperature:
         x, targets, lse = x_btd.reshape(-1, x_btd.shape[-1]), targets_bt.reshape(-1), lse_bt.reshape(-1)
         g = g_bt.reshape(-1) / temperature
         targets = targets - jax.lax.axis_index(VOCAB) * w.shape[0]
-        block = _block_rows(x.shape[0], w.shape[0])
+        block = _block_rows(x.shape[0], w.shape[0], mesh=mesh)
 
         def body(index, carry):
             dx, dw = carry

@@ -44,7 +44,8 @@ class Ops:
 def select_ops(c: OpsConfig, *, mesh: Mesh) -> Ops:
     """Raises KernelUnavailable for a name that cannot run here."""
     matmuls = {"xla": matmul_xla, "fp8": matmul_fp8}
-    kernels = {"xla": attention_xla, "cudnn": attention_cudnn}
+    platform = mesh.devices.flat[0].platform
+    kernels = {"xla": functools.partial(attention_xla, serial=platform == "cpu"), "cudnn": attention_cudnn}
     attentions = {name: functools.partial(attention_sharded, kernel=f, mesh=mesh) for name, f in kernels.items()}
     heads = {"xla": functools.partial(head_xla, mesh=mesh)}
     for kind, name, known in (
@@ -54,7 +55,6 @@ def select_ops(c: OpsConfig, *, mesh: Mesh) -> Ops:
     ):
         if name not in known:
             raise KernelUnavailable(f"ops.{kind}={name!r} does not exist; use one of {sorted(known)} with --ops.{kind}")
-    platform = mesh.devices.flat[0].platform
     for kind, name in (("matmul", c.matmul), ("attention", c.attention)):
         if name in ("fp8", "cudnn") and platform != "gpu":
             raise KernelUnavailable(

@@ -50,9 +50,12 @@ def test_packed_grouped_query_attention_in_bfloat16_and_its_gradient(kernel, hea
     segments = jnp.broadcast_to(1 + jnp.arange(length) // 200, (2, length)).at[1, -40:].set(0)
 
     def both(kernel, dtype):
-        attend = lambda q, k, v: kernel(q, k, v, segments, segments, jnp.int32(0))  # noqa: E731
-        out, back = jax.vjp(attend, *(x.astype(dtype) for x in (q, k, v)))
-        return out, *back(g.astype(dtype))
+        @jax.jit
+        def run(q, k, v, g):
+            out, back = jax.vjp(lambda q, k, v: kernel(q, k, v, segments, segments, jnp.int32(0)), q, k, v)
+            return out, *back(g)
+
+        return run(*(x.astype(dtype) for x in (q, k, v, g)))
 
     with jax.default_matmul_precision("highest"):
         reference = both(attention_xla, jnp.float32)
