@@ -13,6 +13,7 @@ from lnjax.alive import Notice, Watchdog
 from lnjax.config import Job, config_hash, parse, render
 from lnjax.distributed import Place
 from lnjax.errors import LnjaxError, Stopped
+from lnjax.profile import PROFILING
 from lnjax.proxy import ENVIRONMENT
 
 
@@ -31,6 +32,8 @@ def main(argv: list[str]) -> int:
         if job.proxy:
             flags = f"{os.environ.get('XLA_FLAGS', '')} {ENVIRONMENT['XLA_FLAGS']}"
             os.environ |= {**ENVIRONMENT, "XLA_FLAGS": flags.strip()}
+        if job.config.profile:
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PROFILING}"
         if not job.dry_run:
             watchdog, notice = Watchdog(place, run_dir=job.run_dir, c=job.config.cluster), Notice(place)
         distributed.start(place, c=job.config.cluster)

@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.table import Table
 
@@ -18,6 +17,8 @@ SCOPES = ("attention", "ffn", "embed", "head", "optimizer")
 HOLDERS = ("while", "call", "conditional", "async")
 """Operations whose time is that of what they hold."""
 ROWS = 12
+PROFILING = "--xla_gpu_enable_command_buffer="
+"""Of XLA_FLAGS, before jax is imported: a captured CUDA graph is one operation to the trace."""
 
 
 def parse_steps(text: str) -> range:
@@ -39,12 +40,16 @@ class Profile:
         if self._name and (step not in self._steps or name != self._name):
             self.close()
         if not self._name and step in self._steps:
+            import jax  # noqa: PLC0415 - the flag above comes first
+
             self._name = name
             jax.profiler.start_trace(str(self._folder / name))
 
     def close(self) -> None:
         if not self._name:
             return
+        import jax  # noqa: PLC0415
+
         jax.effects_barrier()
         jax.profiler.stop_trace()
         folder, self._name = self._folder / self._name, ""

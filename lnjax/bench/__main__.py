@@ -20,7 +20,11 @@ from typing import Any
 
 import matplotlib
 
+from lnjax.profile import PROFILING, table
+
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the arms share the GPU
+if "--profile" in sys.argv:
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PROFILING}"
 
 import jax
 
@@ -34,7 +38,6 @@ from lnjax.bench.shapes import NUM_BATCHES, Shape, shape
 from lnjax.errors import ConfigError, LnjaxError
 from lnjax.metrics import peak_memory_bytes
 from lnjax.ops.select import check_ops
-from lnjax.profile import table
 from lnjax.schema import OpsConfig
 
 PEAK_FLOPS = {"NVIDIA H100": 989e12, "NVIDIA H200": 989e12}

@@ -81,11 +81,12 @@ class Work:
         return build_model(c, spec=self.shape.spec, mesh=make_mesh(MeshConfig(), devices=jax.devices()[:1]))
 
     def params(self, model: Model, *, dtype: str) -> Any:
-        """Random weights, written for the other arms in their own dtype."""
-        params = model.init_params(jax.random.key(self.seed), dtype=jnp.dtype(dtype))
+        """Random weights that the shape's dtype holds exactly, written in it for the other arms."""
+        params = model.init_params(jax.random.key(self.seed), dtype=jnp.dtype(self.shape.dtype))
         if self.shared:
-            save_hf(params, spec=self.shape.spec, folder=self.folder / "weights", dtype=dtype, finish=lambda _: None)
-        return params
+            folder = self.folder / "weights"
+            save_hf(params, spec=self.shape.spec, folder=folder, dtype=self.shape.dtype, finish=lambda _: None)
+        return jax.tree.map(lambda x: x.astype(dtype), params)
 
     def optimizer(self) -> OptimizerConfig:
         return OptimizerConfig(learning_rate=RATE, b2=0.999)  # as torch.optim.AdamW, without decay

@@ -55,11 +55,21 @@ def shape(name: str) -> Shape:
     """Raises ConfigError for a name that does not exist."""
     gpu = {"dtype": "bfloat16", "remat": "dots", "row_tokens": 8192, "conversations": 4}
     known = {
+        "micro": lambda: Shape(
+            spec=_llama(2, 64, 2, 1, 128, 256),
+            conversations=8,
+            row_tokens=128,
+            prompts=2,
+            samples=2,
+            prompt_tokens=16,
+            new_tokens=16,
+            microbatch_rows=2,
+        ),
         "tiny": lambda: Shape(spec=_llama(8, 256, 4, 2, 704, 4096)),
         "smollm2": lambda: Shape(
             spec=_llama(30, 576, 9, 3, 1536, 49152), conversations=16, microbatch_rows=2, new_tokens=64
         ),
-        "1b": lambda: Shape(spec=_llama(16, 2048, 32, 8, 8192, 128256), microbatch_rows=2, **gpu),
+        "1b": lambda: Shape(spec=_llama(16, 2048, 32, 8, 8192, 128256), microbatch_rows=1, **gpu),
         "3b": lambda: Shape(spec=_llama(28, 3072, 24, 8, 8192, 128256), microbatch_rows=1, **gpu),
         "8b": lambda: Shape(
             spec=family("nano8b"), microbatch_rows=1, prompts=32, prompt_tokens=896, new_tokens=128, **gpu
