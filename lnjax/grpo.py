@@ -44,6 +44,7 @@ def build_updater(model: Model, c: GrpoConfig, *, dtype: Any) -> Updater:
             packed.positions_BT,
             packed.segment_ids_BT,
             temperature=c.sampling.temperature,
+            wanted_BT=packed.loss_mask_BT,
         )
         return grpo_loss(out.logprobs_BT, out.entropy_BT, batch, c=c.loss)
 
@@ -176,7 +177,12 @@ def pack_part(groups: Sequence[Sequence[Sample]], *, c: GrpoConfig, first: bool)
 def _logprobs_program(b: Built) -> Any:
     def logprobs(params, packed, *, temperature):
         out = b.model.logprobs(
-            params, packed.tokens_BT, packed.positions_BT, packed.segment_ids_BT, temperature=temperature
+            params,
+            packed.tokens_BT,
+            packed.positions_BT,
+            packed.segment_ids_BT,
+            temperature=temperature,
+            wanted_BT=packed.loss_mask_BT,
         )
         return out.logprobs_BT
 

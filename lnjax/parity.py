@@ -87,8 +87,8 @@ class Parity:
     def _score(self, chosen: Sequence[Rollout], params: Any, *, temperature: float | None = None) -> list[np.ndarray]:
         if temperature is None:
             temperature = self._c.sampling.temperature
-        sequences = [x.prompt.token_ids + x.completion.token_ids for x in chosen]
-        samples = [Sample(x, (0,) * len(x)) for x in sequences]
+        pairs = [(x.prompt.token_ids, x.completion.token_ids) for x in chosen]
+        samples = [Sample(p + a, (0,) * len(p) + (1,) * len(a)) for p, a in pairs]
         packing = pack([[s] for s in samples], c=self._c.pack)
         rows = microbatches(packing.batch(), rows=self._c.pack.microbatch_rows)
         scored = np.concatenate(

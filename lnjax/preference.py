@@ -122,7 +122,8 @@ def measure(b: Built, r: Resources, c: RewardModelConfig, params: Any, *, step: 
 
 def _logprobs(model: Model, params: Any, batch: PreferenceBatch) -> jax.Array:
     p = batch.packed
-    return model.logprobs(params, p.tokens_BT, p.positions_BT, p.segment_ids_BT).logprobs_BT
+    out = model.logprobs(params, p.tokens_BT, p.positions_BT, p.segment_ids_BT, wanted_BT=p.loss_mask_BT)
+    return out.logprobs_BT
 
 
 def _tree(state: Any, reference: Any) -> dict[str, Any]:

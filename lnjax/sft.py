@@ -24,7 +24,9 @@ def build_stream(b: Built, c: SftConfig) -> SftStream:
 
 def build_updater(model: Model, c: SftConfig, *, dtype: Any) -> Updater:
     def loss(params: Any, batch: PackedBatch) -> LossSum:
-        out = model.logprobs(params, batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
+        out = model.logprobs(
+            params, batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT, wanted_BT=batch.loss_mask_BT
+        )
         return sft_loss(out.logprobs_BT, out.entropy_BT, batch)
 
     abstract = model.abstract_params(dtype=dtype)

@@ -61,7 +61,8 @@ def naive_head(x, w, targets, temperature):
 
 @pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(fsdp=4, tensor=2)], ids=["one", "eight"])
 @pytest.mark.parametrize("vocab", [160, 5000])
-def test_the_head_and_its_gradient_equal_the_naive_one(mesh, vocab):
+@pytest.mark.parametrize("whole", [True, False], ids=["all", "half"])
+def test_the_head_and_its_gradient_equal_the_naive_one(mesh, vocab, whole):
     grid = make_mesh(mesh, devices=jax.devices()[: 1 if mesh == MeshConfig() else 8])
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(4, 12, 32)), jnp.float32)
@@ -69,12 +70,14 @@ def test_the_head_and_its_gradient_equal_the_naive_one(mesh, vocab):
     targets = jnp.asarray(rng.integers(0, vocab, (4, 12)), jnp.int32)
     weight = jnp.asarray(rng.normal(size=(4, 12)), jnp.float32)
 
+    wanted = jnp.ones((4, 12), int) if whole else jnp.asarray(rng.integers(0, 2, (4, 12)))
+
     def ours(x, w):
-        out = head_xla(x, w, targets, mesh=grid, temperature=0.7)
+        out = head_xla(x, w, targets, mesh=grid, temperature=0.7, wanted_BT=None if whole else wanted)
         return (out.logprobs_BT * weight).sum(), out
 
     def theirs(x, w):
-        logprobs, entropy = naive_head(x, w, targets, 0.7)
+        logprobs, entropy = (a * wanted for a in naive_head(x, w, targets, 0.7))
         return (logprobs * weight).sum(), (logprobs, entropy)
 
     (dx, dw), out = jax.jit(jax.grad(ours, argnums=(0, 1), has_aux=True))(x, w)

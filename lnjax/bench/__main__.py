@@ -96,7 +96,17 @@ def settings_of(s: Shape) -> dict[str, Any]:
         **{
             name: getattr(s, name)
             for name in (
-                ["dtype", "remat", "row_tokens", "microbatch_rows", "prompts", "samples", "prompt_tokens", "new_tokens"]
+                [
+                    "dtype",
+                    "remat",
+                    "row_tokens",
+                    "microbatch_rows",
+                    "padded_rows",
+                    "prompts",
+                    "samples",
+                    "prompt_tokens",
+                    "new_tokens",
+                ]
             )
         },
     }

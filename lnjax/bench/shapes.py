@@ -27,8 +27,10 @@ class Shape:
     conversations: int = 64
     """Of one update (sft)."""
     row_tokens: int = 512
-    microbatch_rows: int = 8
-    """Packed rows, or padded conversations, of one pass."""
+    microbatch_rows: int = 2
+    """Packed rows of one pass."""
+    padded_rows: int = 8
+    """Padded conversations of one pass (the default arm; 8 is HF Trainer's)."""
     prompts: int = 8
     samples: int = 8
     """prompts x samples sequences are sampled together (decode, grpo)."""
@@ -53,7 +55,7 @@ def _llama(layers: int, d: int, heads: int, kv: int, ffn: int, vocab: int, *, ti
 
 def shape(name: str) -> Shape:
     """Raises ConfigError for a name that does not exist."""
-    gpu = {"dtype": "bfloat16", "remat": "dots", "row_tokens": 8192, "conversations": 4}
+    gpu = {"dtype": "bfloat16", "remat": "dots", "row_tokens": 8192, "conversations": 4, "padded_rows": 1}
     known = {
         "micro": lambda: Shape(
             spec=_llama(2, 64, 2, 1, 128, 256),
@@ -63,12 +65,9 @@ def shape(name: str) -> Shape:
             samples=2,
             prompt_tokens=16,
             new_tokens=16,
-            microbatch_rows=2,
         ),
         "tiny": lambda: Shape(spec=_llama(8, 256, 4, 2, 704, 4096)),
-        "smollm2": lambda: Shape(
-            spec=_llama(30, 576, 9, 3, 1536, 49152), conversations=16, microbatch_rows=2, new_tokens=64
-        ),
+        "smollm2": lambda: Shape(spec=_llama(30, 576, 9, 3, 1536, 49152), conversations=16, new_tokens=64),
         "1b": lambda: Shape(spec=_llama(16, 2048, 32, 8, 8192, 128256), microbatch_rows=1, **gpu),
         "3b": lambda: Shape(spec=_llama(28, 3072, 24, 8, 8192, 128256), microbatch_rows=1, **gpu),
         "8b": lambda: Shape(

@@ -66,7 +66,7 @@ def conversation(w, i):
 
 def padded(w, i):
     """Batch i as HF's collator makes it: microbatches padded to their longest."""
-    found, rows = conversation(w, i), w.s["microbatch_rows"]
+    found, rows = conversation(w, i), w.s["padded_rows"]
     for at in range(0, len(found), rows):
         part = found[at : at + rows]
         width = max(len(ids) for ids, _ in part)

@@ -20,11 +20,15 @@ from jax import Array
 from lnjax.mesh import check_divisible, constrain, positions_axis, sharding
 from lnjax.models.spec import Run, runs
 from lnjax.ops.embed import embed_xla
+from lnjax.ops.head import HeadOutput
 from lnjax.ops.select import Ops
 from lnjax.schema import ModelSpec, RopeSpec
 
 Params = Any
 """Nested dict of arrays: embed, final_norm, head (untied), runs/<i>/{attention,ffn}/<name>."""
+
+UNROLL = {"cpu": 8, "gpu": 1}
+"""Layers of a run in one turn of its loop. On a CPU what a loop keeps for the backward pass costs a copy each way."""
 
 Attend = Callable[[Array, Array, Array], Array]
 """(q_BTNH, k_BTKH, v_BTKH), rotated -> [B, T, N, H]."""
@@ -306,17 +310,30 @@ class Model:
                 return nnx.merge(graph, params_of_layer)(x, rope, attend, c), None
 
             length = len(jax.tree.leaves(layers)[0])
-            x, _ = jax.lax.scan(_remat(layer, c.remat, length=length), x, layers)
+            unroll = UNROLL[c.ops.mesh.devices.flat[0].platform]
+            x, _ = jax.lax.scan(_remat(layer, c.remat, length=length), x, layers, unroll=unroll)
         return self.final_norm(params, x)
 
-    def logprobs(self, params: Params, tokens_BT: Array, positions_BT: Array, segments_BT: Array, *, temperature=1.0):
-        """HeadOutput for every token given those before it in its segment; 0 at the first of a segment or branch, and padding."""
+    def logprobs(
+        self,
+        params: Params,
+        tokens_BT: Array,
+        positions_BT: Array,
+        segments_BT: Array,
+        *,
+        temperature: float = 1.0,
+        wanted_BT: Array | None = None,
+    ) -> HeadOutput:
+        """HeadOutput for every token given those before it in its segment; 0 at the first of a segment or branch, padding, and
+        where `wanted_BT` (positive where the output is read; None: everywhere) is not."""
         x = self.hidden(params, tokens_BT, positions_BT, segments_BT)
-        targets = jnp.roll(tokens_BT, -1, axis=1)
-        with jax.named_scope("head"):
-            out = self.compute.ops.head(x, self.head_weight(params), targets, temperature=temperature)
         inner = (positions_BT > 0) & (segments_BT > 0) & (segments_BT == jnp.roll(segments_BT, 1, axis=1))
-        return type(out)(*(jnp.where(inner, jnp.roll(a, 1, axis=1), 0.0) for a in out))
+        if wanted_BT is not None:
+            inner &= wanted_BT > 0
+        targets, wanted = (jnp.roll(a, -1, axis=1) for a in (tokens_BT, inner))
+        with jax.named_scope("head"):
+            out = self.compute.ops.head(x, self.head_weight(params), targets, temperature=temperature, wanted_BT=wanted)
+        return HeadOutput(*(jnp.where(inner, jnp.roll(a, 1, axis=1), 0.0) for a in out))
 
     def logits(self, params: Params, tokens_BT: Array) -> Array:
         """[B, T, V] float32 of unpacked rows; for checks on short inputs only."""

@@ -4,6 +4,9 @@ Forward: blocks of vocabulary; each adds to a running log-sum-exp (online softma
 logits are computed again, p = exp(logits - logsumexp), and d logprob / d logits = onehot - p goes straight into the
 gradients of hidden states and head. Peak memory is one block of logits.
 
+Tokens that nobody asks for (most of a prompt) are left out: each device puts its wanted ones first and goes through as many
+chunks of tokens as hold them.
+
 With W split over the mesh's tensor axis each device runs its own rows of the vocabulary and the sums meet in a psum. The
 gradient of the hidden states leaves split over their positions, as the residual stream is.
 """
@@ -23,6 +26,8 @@ LOGITS_BLOCK_BYTES = {"cpu": 64 * 2**20, "gpu": 512 * 2**20}
 VOCAB = "tensor"
 WIDTH = ("fsdp", "context")
 assert (RULES["vocab"], RULES["embed"]) == (VOCAB, WIDTH)
+CHUNK = {"cpu": 512, "gpu": 8192}
+"""Most tokens of a chunk."""
 
 
 class HeadOutput(NamedTuple):
@@ -32,34 +37,53 @@ class HeadOutput(NamedTuple):
     """float32; entropy of the whole distribution in nats. Carries no gradient."""
 
 
-def head_xla(x_BTD: Array, w_VD: Array, targets_BT: Array, *, mesh: Mesh, temperature: float = 1.0) -> HeadOutput:
-    """x_BTD: hidden states that predict `targets_BT`; w_VD: head (or tied embedding) in the compute dtype.
+def head_xla(
+    x_BTD: Array,
+    w_VD: Array,
+    targets_BT: Array,
+    *,
+    mesh: Mesh,
+    temperature: float = 1.0,
+    wanted_BT: Array | None = None,
+) -> HeadOutput:
+    """x_BTD: hidden states that predict `targets_BT`; w_VD: head (or tied embedding) in the compute dtype; wanted_BT: positive
+    where the output is read (None: everywhere), elsewhere it is 0.
 
     Raises ConfigError for rows that do not divide over the mesh.
     """
     check_divisible(mesh, name="packed rows", shape=targets_BT.shape, logical=("batch", "positions"))
-    logprobs, entropy = _head(x_BTD, w_VD, targets_BT, mesh, float(temperature))
+    wanted_BT = jnp.ones_like(targets_BT) if wanted_BT is None else (wanted_BT > 0).astype(jnp.int32)
+    logprobs, entropy = _head(x_BTD, w_VD, targets_BT, wanted_BT, mesh, float(temperature))
     return HeadOutput(logprobs, jax.lax.stop_gradient(entropy))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _head(x: Array, w: Array, targets: Array, mesh: Mesh, temperature: float) -> tuple[Array, Array]:
-    logprobs, entropy, _ = _forward(x, w, targets, mesh=mesh, temperature=temperature)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _head(x: Array, w: Array, targets: Array, wanted: Array, mesh: Mesh, temperature: float) -> tuple[Array, Array]:
+    logprobs, entropy, _ = _forward(x, w, targets, wanted, mesh=mesh, temperature=temperature)
     return logprobs, entropy
 
 
-def _head_fwd(x, w, targets, mesh, temperature):
-    logprobs, entropy, lse = _forward(x, w, targets, mesh=mesh, temperature=temperature)
-    return (logprobs, entropy), (x, w, targets, lse)
+def _head_fwd(x, w, targets, wanted, mesh, temperature):
+    logprobs, entropy, lse = _forward(x, w, targets, wanted, mesh=mesh, temperature=temperature)
+    return (logprobs, entropy), (x, w, targets, wanted, lse)
 
 
 def _head_bwd(mesh, temperature, residuals, cotangents):
-    x, w, targets, lse = residuals
-    dx, dw = _backward(x, w, targets, lse, cotangents[0], mesh=mesh, temperature=temperature)
-    return dx, dw, None
+    dx, dw = _backward(*residuals, cotangents[0], mesh=mesh, temperature=temperature)
+    return dx, dw, None, None
 
 
 _head.defvjp(_head_fwd, _head_bwd)
+
+
+def _wanted_first(wanted: Array, *, mesh: Mesh) -> tuple[Array, Array, int]:
+    """(order [n] of the tokens, number of chunks that hold the wanted ones, tokens of a chunk)."""
+    n = wanted.shape[0]
+    most = min(n, CHUNK[mesh.devices.flat[0].platform])
+    chunk = next(size for size in range(most, 0, -1) if n % size == 0)
+    before = jnp.cumsum(wanted) - wanted
+    place = jnp.where(wanted > 0, before, wanted.sum() + jnp.arange(n) - before)
+    return jnp.zeros_like(place).at[place].set(jnp.arange(n)), -(-wanted.sum() // chunk), chunk
 
 
 def _block_rows(num_tokens: int, num_rows: int, *, mesh: Mesh) -> int:
@@ -79,75 +103,92 @@ def _logits(x: Array, w: Array, index: Array, *, block: int, temperature: float)
     return start, jnp.where(fresh[None, :], logits, -jnp.inf), rows
 
 
-def _forward(x_BTD, w_VD, targets_BT, *, mesh: Mesh, temperature: float):
+def _forward(x_BTD, w_VD, targets_BT, wanted_BT, *, mesh: Mesh, temperature: float):
     shards = axis_size(mesh, "vocab")
 
-    def local(x_btd, w, targets_bt):
-        shape = targets_bt.shape
-        x, targets = x_btd.reshape(-1, x_btd.shape[-1]), targets_bt.reshape(-1)
+    def local(x_btd, w, targets_bt, wanted_bt):
+        order, count, chunk = _wanted_first(wanted_bt.reshape(-1), mesh=mesh)
+        x, targets = x_btd.reshape(-1, x_btd.shape[-1])[order], targets_bt.reshape(-1)[order]
         targets = targets - jax.lax.axis_index(VOCAB) * w.shape[0]
-        block = _block_rows(x.shape[0], w.shape[0], mesh=mesh)
+        block = _block_rows(chunk, w.shape[0], mesh=mesh)
 
-        def body(index, carry):
-            top, total, weighted, picked = carry
-            start, logits, _ = _logits(x, w, index, block=block, temperature=temperature)
-            new_top = jnp.maximum(top, logits.max(-1))
-            scale = jnp.exp(top - new_top)
-            p = jnp.exp(logits - new_top[:, None])
-            total = total * scale + p.sum(-1)
-            weighted = weighted * scale + jnp.where(p > 0, p * logits, 0.0).sum(-1)
-            hit = (start + jnp.arange(block))[None, :] == targets[:, None]
-            picked = jnp.where((hit & (logits > -jnp.inf)).any(-1), jnp.where(hit, logits, 0.0).sum(-1), picked)
-            return new_top, total, weighted, picked
+        def tokens(number, found):
+            x_c, targets_c = (jax.lax.dynamic_slice_in_dim(a, number * chunk, chunk) for a in (x, targets))
 
-        n = x.shape[0]
-        zeros = jnp.zeros((n,), jnp.float32)
-        init = (jnp.full((n,), -1e30, jnp.float32), zeros, zeros, zeros)
-        top, total, weighted, picked = jax.lax.fori_loop(0, -(-w.shape[0] // block), body, init)
-        if shards > 1:
-            all_top = jax.lax.pmax(top, VOCAB)
-            scale = jnp.exp(top - all_top)
-            total, weighted, picked = jax.lax.psum((total * scale, weighted * scale, picked), VOCAB)
-            top = all_top
-        lse = top + jnp.log(total)
-        return tuple(a.reshape(shape) for a in (picked - lse, lse - weighted / total, lse))
+            def body(index, carry):
+                top, total, weighted, picked = carry
+                start, logits, _ = _logits(x_c, w, index, block=block, temperature=temperature)
+                new_top = jnp.maximum(top, logits.max(-1))
+                scale = jnp.exp(top - new_top)
+                p = jnp.exp(logits - new_top[:, None])
+                total = total * scale + p.sum(-1)
+                weighted = weighted * scale + jnp.where(p > 0, p * logits, 0.0).sum(-1)
+                hit = (start + jnp.arange(block))[None, :] == targets_c[:, None]
+                picked = jnp.where((hit & (logits > -jnp.inf)).any(-1), jnp.where(hit, logits, 0.0).sum(-1), picked)
+                return new_top, total, weighted, picked
+
+            zeros = jnp.zeros((chunk,), jnp.float32)
+            init = (jnp.full((chunk,), -1e30, jnp.float32), zeros, zeros, zeros)
+            top, total, weighted, picked = jax.lax.fori_loop(0, -(-w.shape[0] // block), body, init)
+            if shards > 1:
+                all_top = jax.lax.pmax(top, VOCAB)
+                scale = jnp.exp(top - all_top)
+                total, weighted, picked = jax.lax.psum((total * scale, weighted * scale, picked), VOCAB)
+                top = all_top
+            lse = top + jnp.log(total)
+            new = jnp.stack([picked - lse, lse - weighted / total, lse])
+            return jax.lax.dynamic_update_slice_in_dim(found, new, number * chunk, 1)
+
+        found = jax.lax.fori_loop(0, count, tokens, jnp.zeros((3, x.shape[0]), jnp.float32))
+        found = jnp.zeros_like(found).at[:, order].set(found) * wanted_bt.reshape(1, -1)
+        return tuple(a.reshape(targets_bt.shape) for a in found)
 
     rows = partition("batch", "positions")
     run = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(rows, PartitionSpec(VOCAB), rows),
+        in_specs=(rows, PartitionSpec(VOCAB), rows, rows),
         out_specs=(rows, rows, rows),
         check_vma=False,
     )
-    return run(x_BTD, w_VD, targets_BT)
+    return run(x_BTD, w_VD, targets_BT, wanted_BT)
 
 
-def _backward(x_BTD, w_VD, targets_BT, lse_BT, g_BT, *, mesh: Mesh, temperature: float):
+def _backward(x_BTD, w_VD, targets_BT, wanted_BT, lse_BT, g_BT, *, mesh: Mesh, temperature: float):
     shards = axis_size(mesh, "vocab")
     between = positions_axis(mesh, num_tokens=targets_BT.shape[1], between_blocks=True)
     width = WIDTH if w_VD.shape[1] % axis_size(mesh, "embed") == 0 else None
 
-    def local(x_btd, w, targets_bt, lse_bt, g_bt):
-        x, targets, lse = x_btd.reshape(-1, x_btd.shape[-1]), targets_bt.reshape(-1), lse_bt.reshape(-1)
-        g = g_bt.reshape(-1) / temperature
+    def local(x_btd, w, targets_bt, wanted_bt, lse_bt, g_bt):
+        order, count, chunk = _wanted_first(wanted_bt.reshape(-1), mesh=mesh)
+        x, targets = x_btd.reshape(-1, x_btd.shape[-1])[order], targets_bt.reshape(-1)[order]
+        lse, g = lse_bt.reshape(-1)[order], (g_bt * wanted_bt).reshape(-1)[order] / temperature
         targets = targets - jax.lax.axis_index(VOCAB) * w.shape[0]
-        block = _block_rows(x.shape[0], w.shape[0], mesh=mesh)
+        block = _block_rows(chunk, w.shape[0], mesh=mesh)
 
-        def body(index, carry):
+        def tokens(number, carry):
+            at = number * chunk
+            x_c, targets_c, lse_c, g_c = (jax.lax.dynamic_slice_in_dim(a, at, chunk) for a in (x, targets, lse, g))
+
+            def body(index, carry):
+                dx, dw = carry
+                start, logits, rows = _logits(x_c, w, index, block=block, temperature=temperature)
+                hit = ((start + jnp.arange(block))[None, :] == targets_c[:, None]) & (logits > -jnp.inf)
+                dlogits = (hit - jnp.exp(logits - lse_c[:, None])) * g_c[:, None]
+                dlogits = dlogits.astype(x.dtype)
+                dx = dx + jnp.einsum("nv,vd->nd", dlogits, rows, preferred_element_type=jnp.float32)
+                dw_block = jnp.einsum("nv,nd->vd", dlogits, x_c, preferred_element_type=jnp.float32)
+                old = jax.lax.dynamic_slice_in_dim(dw, start, block)
+                return dx, jax.lax.dynamic_update_slice_in_dim(dw, old + dw_block, start, 0)
+
             dx, dw = carry
-            start, logits, rows = _logits(x, w, index, block=block, temperature=temperature)
-            hit = ((start + jnp.arange(block))[None, :] == targets[:, None]) & (logits > -jnp.inf)
-            dlogits = (hit - jnp.exp(logits - lse[:, None])) * g[:, None]
-            dlogits = dlogits.astype(x.dtype)
-            dx = dx + jnp.einsum("nv,vd->nd", dlogits, rows, preferred_element_type=jnp.float32)
-            dw_block = jnp.einsum("nv,nd->vd", dlogits, x, preferred_element_type=jnp.float32)
-            old = jax.lax.dynamic_slice_in_dim(dw, start, block)
-            return dx, jax.lax.dynamic_update_slice_in_dim(dw, old + dw_block, start, 0)
+            init = (jnp.zeros(x_c.shape, jnp.float32), dw)
+            dx_c, dw = jax.lax.fori_loop(0, -(-w.shape[0] // block), body, init)
+            return jax.lax.dynamic_update_slice_in_dim(dx, dx_c, at, 0), dw
 
         init = (jnp.zeros(x.shape, jnp.float32), jnp.zeros(w.shape, jnp.float32))
-        dx, dw = jax.lax.fori_loop(0, -(-w.shape[0] // block), body, init)
-        dx = dx.reshape(x_btd.shape)
+        dx, dw = jax.lax.fori_loop(0, count, tokens, init)
+        dx = jnp.zeros_like(dx).at[order].set(dx).reshape(x_btd.shape)
         if shards > 1 and between == "residual":
             dx = jax.lax.psum_scatter(dx, VOCAB, scatter_dimension=1, tiled=True)
         elif shards > 1:
@@ -160,8 +201,8 @@ def _backward(x_BTD, w_VD, targets_BT, lse_BT, g_BT, *, mesh: Mesh, temperature:
     run = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(rows, PartitionSpec(VOCAB), rows, rows, rows),
+        in_specs=(rows, PartitionSpec(VOCAB), *(rows,) * 4),
         out_specs=(partition("batch", between), PartitionSpec(VOCAB, width)),
         check_vma=False,
     )
-    return run(x_BTD, w_VD, targets_BT, lse_BT, g_BT)
+    return run(x_BTD, w_VD, targets_BT, wanted_BT, lse_BT, g_BT)

@@ -28,9 +28,11 @@ class Attention(Protocol):
 
 
 class Head(Protocol):
-    """Logprobs and entropy of targets; never a [tokens, vocabulary] array."""
+    """Logprobs and entropy of the wanted targets; never a [tokens, vocabulary] array."""
 
-    def __call__(self, x_BTD: Array, w_VD: Array, targets_BT: Array, *, temperature: float = 1.0) -> HeadOutput: ...
+    def __call__(
+        self, x_BTD: Array, w_VD: Array, targets_BT: Array, *, temperature: float, wanted_BT: Array | None
+    ) -> HeadOutput: ...
 
 
 @dataclass(frozen=True, slots=True)
