@@ -166,26 +166,27 @@ def _prompts(w: Work) -> list[Prompt]:
 
 
 def decode(w: Work) -> Side:
-    """All samples of all prompts at once, to the full length; and one sequence alone."""
+    """All samples of all prompts at once, to the full length; on a GPU also one sequence alone."""
     s, model, prompts = w.shape, w.model(), _prompts(w)
-    engine = _engine(w, model, slots=s.prompts * s.samples)
-    single = _engine(w, model, slots=1)
     params = w.params(model, dtype=s.dtype)
-    for e in (engine, single):
-        e.load_weights(0, params)
+    many, alone = s.prompts * s.samples, jax.default_backend() == "gpu"
+    engines = {f"batch {n}": _engine(w, model, slots=n) for n in ((many, 1) if alone else (many,))}
+    for engine in engines.values():
+        engine.load_weights(0, params)
     del params
-    greedy = engine.generate(prompts, num_samples=1, sampling=_sampling(GREEDY, temperature=0.0), seed=0)
-    first = {"tokens": [list(c.token_ids) for group in greedy for c in group]}
 
-    def batch(k: int) -> Any:
-        return engine.generate(prompts, num_samples=s.samples, sampling=_sampling(s.new_tokens), seed=k) and None
+    def sample(k: int, *, name: str) -> Any:
+        n = (s.prompts, s.samples) if name != "batch 1" else (1, 1)
+        engines[name].generate(prompts[: n[0]], num_samples=n[1], sampling=_sampling(s.new_tokens), seed=k)
 
-    def alone(k: int) -> Any:
-        return single.generate(prompts[:1], num_samples=1, sampling=_sampling(s.new_tokens), seed=k) and None
+    items = {name: functools.partial(sample, name=name) for name in engines}
+    tokens = {name: s.new_tokens * (many if name != "batch 1" else 1) for name in engines}
+    return Side(_greedy(engines[f"batch {many}"], prompts), items, tokens)
 
-    many = f"batch {s.prompts * s.samples}"
-    tokens = {many: s.prompts * s.samples * s.new_tokens, "batch 1": s.new_tokens}
-    return Side(first, {many: batch, "batch 1": alone}, tokens)
+
+def _greedy(engine: EmbeddedEngine, prompts: list[Prompt]) -> dict[str, Any]:
+    found = engine.generate(prompts, num_samples=1, sampling=_sampling(GREEDY, temperature=0.0), seed=0)
+    return {"tokens": [list(x.token_ids) for group in found for x in group]}
 
 
 def reinforce(w: Work) -> Side:
@@ -204,7 +205,7 @@ def reinforce(w: Work) -> Side:
     engine, updater = _engine(w, model, slots=s.prompts * s.samples), grpo.build_updater(model, c, dtype=jnp.float32)
     kept = {"state": updater.init(w.params(model, dtype="float32"), step=0, rng=jax.random.key(1))}
     engine.load_weights(0, kept["state"].params)
-    greedy = engine.generate(prompts, num_samples=1, sampling=_sampling(GREEDY, temperature=0.0), seed=0)
+    first = _greedy(engine, prompts)
 
     def iteration(k: int) -> Any:
         completions = engine.generate(prompts, num_samples=s.samples, sampling=_sampling(s.new_tokens), seed=k)
@@ -217,7 +218,6 @@ def reinforce(w: Work) -> Side:
         engine.load_weights(k + 1, kept["state"].params)
         return stats
 
-    first = {"tokens": [list(x.token_ids) for group in greedy for x in group]}
     return Side(first, {"iteration": iteration}, {"iteration": s.prompts * s.samples * s.new_tokens})
 
 
