@@ -5,10 +5,10 @@ another. Both rates are what four reference learners, none of them a checked one
 little about a step whose arrays partly stay in cache. References and checked runs take turns, so a slow minute meets all.
 """
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -35,37 +35,28 @@ MEMORY_MARGIN, TIME_MARGIN = 0.10, 0.25
 
 
 def quickstart() -> RunConfig:
-    return dataclasses.replace(load_config("quickstart"), mesh=MeshConfig(fsdp=1))
+    return replace(load_config("quickstart"), mesh=MeshConfig(fsdp=1))
 
 
-def llama(
-    name: str, *, layers: int, width: int, heads: int, kv: int, ffn: int, vocab: int, rows: int, row_tokens: int
-) -> RunConfig:
-    """The quickstart's SFT with another model and batch."""
-    quick = quickstart()
+def llama(name: str, *, shape: tuple[int, int, int, int, int], vocab: int, rows: tuple[int, int]) -> RunConfig:
+    """The quickstart's SFT with another model and batch. Shape: layers, width, heads, kv heads, ffn. Rows: how many, tokens."""
+    quick, (layers, width, heads, kv, ffn) = quickstart(), shape
     assert quick.sft and quick.model.spec
-    spec = dataclasses.replace(
-        quick.model.spec,
-        vocab_size=vocab,
-        d_model=width,
-        num_heads=heads,
-        head_dim=64,
-        blocks=uniform_blocks(num_layers=layers, num_kv_heads=kv, ffn=ffn),
-        num_source_layers=layers,
-        max_position=row_tokens,
-    )
-    pack = dataclasses.replace(quick.sft.pack, row_tokens=row_tokens, microbatch_rows=rows)
-    part = dataclasses.replace(quick.sft, batch_rows=rows, pack=pack)
-    return dataclasses.replace(quick, name=name, model=dataclasses.replace(quick.model, spec=spec), sft=part)
+    blocks = uniform_blocks(num_layers=layers, num_kv_heads=kv, ffn=ffn)
+    spec = replace(quick.model.spec, vocab_size=vocab, d_model=width, num_heads=heads, head_dim=64, blocks=blocks)
+    spec = replace(spec, num_source_layers=layers, max_position=rows[1])
+    pack = replace(quick.sft.pack, microbatch_rows=rows[0], row_tokens=rows[1])
+    part = replace(quick.sft, batch_rows=rows[0], pack=pack)
+    return replace(quick, name=name, model=replace(quick.model, spec=spec), sft=part)
 
 
 def references() -> list[RunConfig]:
     """One far along each axis that the checked ones differ in."""
     return [
-        llama("narrow", layers=4, width=256, heads=4, kv=2, ffn=768, vocab=4096, rows=4, row_tokens=256),
-        llama("deep", layers=16, width=320, heads=5, kv=5, ffn=896, vocab=2048, rows=4, row_tokens=128),
-        llama("wide", layers=2, width=1024, heads=16, kv=8, ffn=2816, vocab=1024, rows=4, row_tokens=256),
-        llama("long", layers=4, width=512, heads=8, kv=4, ffn=1408, vocab=8192, rows=1, row_tokens=1024),
+        llama("narrow", shape=(4, 256, 4, 2, 768), vocab=4096, rows=(4, 256)),
+        llama("deep", shape=(16, 320, 5, 5, 896), vocab=2048, rows=(4, 128)),
+        llama("wide", shape=(2, 1024, 16, 8, 2816), vocab=1024, rows=(4, 256)),
+        llama("long", shape=(4, 512, 8, 4, 1408), vocab=8192, rows=(1, 1024)),
     ]
 
 
@@ -73,8 +64,8 @@ def checked() -> list[RunConfig]:
     """The quickstart's SFT, a Llama of 13 M parameters and six layers of SmolLM2-135M."""
     return [
         quickstart(),
-        llama("llama_13m", layers=6, width=384, heads=6, kv=2, ffn=1024, vocab=8192, rows=2, row_tokens=512),
-        llama("smollm2_6layers", layers=6, width=576, heads=9, kv=3, ffn=1536, vocab=49152, rows=1, row_tokens=512),
+        llama("llama_13m", shape=(6, 384, 6, 2, 1024), vocab=8192, rows=(2, 512)),
+        llama("smollm2_6layers", shape=(6, 576, 9, 3, 1536), vocab=49152, rows=(1, 512)),
     ]
 
 
@@ -109,87 +100,64 @@ class Learner:
         positions: Any = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
         batch = PackedBatch(ids, positions, np.ones_like(ids), (positions > 0).astype(np.float32))
         self._batch = put_rows(mesh, batch)
-        lowered = updater.lower(
-            self._state, updater.abstract_gradient(self._batch), self._batch, accumulate=False
-        ).values()
-        self._gradient, self._apply = programs = [x.compile() for x in lowered]
+        so_far = updater.abstract_gradient(self._batch)
+        lowered = updater.lower(self._state, so_far, self._batch, accumulate=False)
+        self._gradient, self._apply = programs = [x.compile() for x in lowered.values()]
         found = self._gradient(self._state.params, self._batch)
         resident = sum(x.nbytes for x in jax.live_arrays() if id(x) not in before)
         self.bytes = resident + max(x.memory_analysis().temp_size_in_bytes for x in programs)
         del found
         self.traffic = sum(traffic(x.as_text()) for x in programs)
-        self._taken: list[float] = []
-        self._step()
-
-    def _step(self) -> float:
-        start = time.perf_counter()
-        found = self._gradient(self._state.params, self._batch)
-        self._state, stats = self._apply(self._state, *found)
-        jax.block_until_ready((self._state, stats))
-        return time.perf_counter() - start
+        self.taken: list[float] = []
 
     def turn(self) -> None:
-        spent = 0.0
-        while spent < SECONDS:
-            self._taken.append(self._step())
-            spent += self._taken[-1]
-
-    @property
-    def seconds(self) -> float:
-        return statistics.median(self._taken)
+        """Steps for a while, their seconds at the end of `taken`."""
+        end = time.perf_counter() + SECONDS
+        while (start := time.perf_counter()) < end:
+            found = self._gradient(self._state.params, self._batch)
+            self._state, stats = self._apply(self._state, *found)
+            jax.block_until_ready((self._state, stats))
+            self.taken.append(time.perf_counter() - start)
 
 
 def calibrate(console: Console, *, note: Callable[[str], None]) -> dict[str, Any]:
     """Print predicted and measured; `fits` is whether all are within the margins."""
     known, asked = references(), checked()
-    learners: list[Learner] = []
-    predicted = []
+    learners, predicted = [], []
     for c in [*known, *asked]:
         note(f"compiling {c.name}")
-        if c in asked:
-            predicted.append(predict(c))
+        predicted += [predict(c)] * (c in asked)
         learners.append(Learner(c))
+        learners[-1].turn()
+        learners[-1].taken.clear()
     for i in range(ROUNDS):
         note(f"timing: round {i + 1} of {ROUNDS}")
         for x in learners:
             x.turn()
+    took = [statistics.median(x.taken) for x in learners]
     # seconds a FLOP and seconds a byte: least squares of relative errors
-    work = [[flops(c) / x.seconds, x.traffic / x.seconds] for c, x in zip(known, learners, strict=False)]
+    work = [[flops(c) / t, x.traffic / t] for c, x, t in zip(known, learners, took, strict=False)]
     cost = np.linalg.lstsq(np.array(work), np.ones(len(work)))[0]
     if min(cost) <= 0:
         raise PlanError("the reference learners' times fit no two rates; is the machine busy?")
     gemm, memory = (1 / float(x) for x in cost)
-    console.print(
-        f"calibrated on {', '.join(c.name for c in known)}: {gemm / 1e9:.0f} GFLOP/s, {memory / 1e9:.1f} GB/s",
-        highlight=False,
-    )
-    table = Table("run", "size", "MB", "ran", "off by", "ms", "measured", "off by")
+    names = ", ".join(c.name for c in known)
+    console.print(f"calibrated on {names}: {gemm / 1e9:.0f} GFLOP/s, {memory / 1e9:.1f} GB/s", highlight=False)
+    table = Table("run", "size", "MB planned", "ran", "off by", "ms modelled", "ran", "off by")
     runs, within = [], True
-    for c, (size, moved), x in zip(asked, predicted, learners[len(known) :], strict=True):
+    for c, (size, moved), x, t in zip(asked, predicted, learners[len(known) :], took[len(known) :], strict=True):
         assert c.model.spec
-        row = {
-            "name": c.name,
-            "parameters": num_params(c.model.spec),
-            "predicted_bytes": size,
-            "measured_bytes": x.bytes,
-            "predicted_seconds": float(cost @ [flops(c), moved]),
-            "measured_seconds": x.seconds,
-        }
-        runs.append(row)
-        off = {k: row[f"predicted_{k}"] / row[f"measured_{k}"] - 1 for k in ("bytes", "seconds")}
-        within &= abs(off["bytes"]) <= MEMORY_MARGIN and abs(off["seconds"]) <= TIME_MARGIN
-        table.add_row(
-            c.name,
-            f"{row['parameters'] / 1e6:.1f} M",
-            f"{size / 1e6:.2f}",
-            f"{x.bytes / 1e6:.2f}",
-            f"{off['bytes']:+.1%}",
-            f"{row['predicted_seconds'] * 1e3:.0f}",
-            f"{x.seconds * 1e3:.0f}",
-            f"{off['seconds']:+.0%}",
-        )
+        run: dict[str, Any] = {"name": c.name, "parameters": num_params(c.model.spec)}
+        run |= {"predicted_bytes": size, "measured_bytes": x.bytes}
+        run |= {"predicted_seconds": float(cost @ [flops(c), moved]), "measured_seconds": t}
+        runs.append(run)
+        cells = [c.name, f"{run['parameters'] / 1e6:.1f} M"]
+        for key, unit, margin in (("bytes", 1e-6, MEMORY_MARGIN), ("seconds", 1e3, TIME_MARGIN)):
+            said, found = run[f"predicted_{key}"], run[f"measured_{key}"]
+            within &= abs(said / found - 1) <= margin
+            cells += [f"{said * unit:,.0f}", f"{found * unit:,.0f}", f"{said / found - 1:+.1%}"]
+        table.add_row(*cells)
     console.print(table)
-    console.print(
-        f"margins: memory {MEMORY_MARGIN:.0%}, step time {TIME_MARGIN:.0%}: {'held' if within else 'not held'}"
-    )
+    held = "held" if within else "not held"
+    console.print(f"margins: memory {MEMORY_MARGIN:.0%}, step time {TIME_MARGIN:.0%}: {held}")
     return {"gemm_flops": gemm, "memory_bytes_per_s": memory, "runs": runs, "fits": within}
