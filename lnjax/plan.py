@@ -6,7 +6,7 @@ What a run needs and takes on GPUs that need not be here. Without --nodes the co
 it the fastest layout that fits N nodes. The learner's program of the plan is compiled for the target, all blocks of it.
   --mean-tokens  average completion; without it every completion is as long as allowed
   --disk-gbs     GB/s of one node to the shared file system (assumed: 5)
-  --calibrate    predict memory and step time of three small runs on this machine, run them, print both"""
+  --calibrate    measure two rates on this machine, predict memory and step time of three small runs, run them"""
 
 import argparse
 import json
@@ -86,7 +86,8 @@ def main(argv: Sequence[str]) -> int:
         if options.calibrate:
             from lnjax.planner.calibrate import calibrate  # noqa: PLC0415
 
-            found = calibrate(console)
+            with console.status("calibrating") as status:
+                found = calibrate(console, note=_Progress(status, console))
         else:
             found = plan(options, rest, console)
         if options.json:

@@ -1,10 +1,11 @@
 """The same recipe, small enough to run anywhere: what `--proxy` makes of a config. Imports no jax.
 
-Kept: the model's pattern of absent, equal and fused blocks, the mesh axes, the stages, sampling, advantages and loss, updates
-per rollout, the curriculum, the format reward and, where there is one, the judge over HTTP. Replaced: widths, weights
-(random), tokenizer and data (generated arithmetic or instructions), the fleet (by the engine in this process), batch sizes,
-lengths, steps and learning rates. A run of GRPO alone gets a short SFT stage, in place of the checkpoint that it starts from;
-preference and reward-model stages are left out. Every number below is chosen, for minutes on two CPU cores.
+Kept: the model's kinds of blocks (absent, unequal and fused parts) in their order, the mesh axes, the stages, sampling,
+advantages and loss, updates per rollout, the curriculum, the format reward and, where there is one, the judge over HTTP.
+Replaced: widths, how often a kind of block comes, weights (random), tokenizer and data (generated arithmetic or
+instructions), the fleet (by the engine in this process), batch sizes, lengths, steps and learning rates. A run of GRPO alone
+gets a short SFT stage, in place of the checkpoint that it starts from; preference and reward-model stages are left out. Every
+number below is chosen, for minutes on two CPU cores.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from dataclasses import replace
 from lnjax.errors import ConfigError
 from lnjax.schema import (
     AttentionSpec,
+    BlockSpec,
     CheckpointConfig,
     EmbeddedConfig,
     FfnSpec,
@@ -35,9 +37,11 @@ DEVICES = 8
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}"}
 """Of the process, before jax is imported; XLA_FLAGS after those that are set."""
 D_MODEL, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, VOCAB = 64, 4, 2, 16, 128
+LEAST_BLOCKS = 8
+"""Every kind of block comes equally often, and all together no fewer times than this where the model has as many."""
 WIDTH_MULTIPLE = 4
-PROMPTS, SAMPLES, STEPS, NUM_PROMPTS = 8, 4, 20, 240
-SFT_STEPS, SFT_RATE, GRPO_RATE = 40, 2e-3, 3e-4
+PROMPTS, SAMPLES, STEPS, NUM_PROMPTS = 8, 8, 20, 240
+SFT_STEPS, SFT_RATE, GRPO_RATE = 300, 3e-3, 3e-4
 LENGTHS = {"arithmetic": (32, 32), "ifeval": (208, 48)}
 """Longest prompt and completion, in tokens of the built-in tokenizer."""
 
@@ -87,7 +91,7 @@ def _mesh(c: MeshConfig) -> MeshConfig:
 
 
 def _spec(c: ModelSpec | None) -> ModelSpec:
-    """The same blocks, narrow. Widths keep their ratios, so unequal blocks stay unequal. Without a spec: a small Llama."""
+    """Some blocks of each kind, narrow. Widths keep their ratios, so unequal ones stay unequal. No spec: a small Llama."""
     if c is None:
         blocks, layers = uniform_blocks(num_layers=4, num_kv_heads=NUM_KV_HEADS, ffn=3 * D_MODEL), 4
     else:
@@ -98,7 +102,7 @@ def _spec(c: ModelSpec | None) -> ModelSpec:
                 attention=b.attention and AttentionSpec(NUM_KV_HEADS),
                 ffn=b.ffn and FfnSpec(-(-b.ffn.width * D_MODEL // c.d_model // WIDTH_MULTIPLE) * WIDTH_MULTIPLE),
             )
-            for b in c.blocks
+            for b in _some(c.blocks)
         )
     return ModelSpec(
         vocab_size=VOCAB,
@@ -114,9 +118,16 @@ def _spec(c: ModelSpec | None) -> ModelSpec:
     )
 
 
+def _some(blocks: tuple[BlockSpec, ...]) -> list[BlockSpec]:
+    """The first of each kind."""
+    kinds = [(b.attention, b.ffn) for b in blocks]
+    each = -(-LEAST_BLOCKS // len(set(kinds)))
+    return [b for i, b in enumerate(blocks) if kinds[:i].count(kinds[i]) < each]
+
+
 def _pack(c: PackConfig, *, source: str, mesh: MeshConfig) -> PackConfig:
-    """Rows of two of the longest sequences, one a shard in a microbatch."""
-    return replace(c, row_tokens=2 * sum(LENGTHS[source]), microbatch_rows=mesh.data * mesh.fsdp)
+    """Rows of two of the longest sequences, two a shard in a microbatch."""
+    return replace(c, row_tokens=2 * sum(LENGTHS[source]), microbatch_rows=2 * mesh.data * mesh.fsdp)
 
 
 def _optimizer(c: OptimizerConfig, *, rate: float, warmup_steps: int) -> OptimizerConfig:

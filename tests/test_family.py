@@ -5,14 +5,17 @@ import math
 import os
 import re
 import subprocess
+import sys
 
 import jax
 import pytest
 
+from lnjax.config import load_config
 from lnjax.errors import ConfigError
 from lnjax.models.family import family, searched_blocks
 from lnjax.models.hf import ffn_width, hf_config, spec_from_hf_config, tensor_map
 from lnjax.models.spec import param_shapes, runs
+from lnjax.proxy import proxy
 from tests.fleet import ROOT, build_environment
 
 PUBLISHED = {
@@ -118,6 +121,28 @@ def test_the_notation_names_layers_parts_and_widths():
         (3, False, 32),
         (4, True, None),
     ]
+
+
+@pytest.mark.parametrize("name", ["nano8b_grpo", "super49b_grpo", "ultra_grpo"])
+def test_a_proxy_has_every_kind_of_block_in_its_order(name):
+    whole = load_config(name)
+    small = proxy(whole)
+    assert whole.model.spec and small.model.spec
+    kinds = {b.source_layer: (b.attention is not None, b.ffn and b.ffn.width) for b in whole.model.spec.blocks}
+    order = [b.source_layer for b in small.model.spec.blocks]
+    assert order == sorted(order) and {kinds[i] for i in order} == set(kinds.values())
+    assert 8 <= len(order) <= 16
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_proxy_of_the_published_run_learns(tmp_path):
+    command = [sys.executable, "-m", "lnjax.launch", "--config", "ultra_grpo", "--proxy", "--run-dir", tmp_path / "r"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    steps = [x for x in lines if x["stage"] == "grpo"]
+    assert len(steps) == 20 and max(x["reward"] for x in steps) > 0
+    assert sum(x["mixed_groups"] for x in steps) / 20 > 0.2
 
 
 def test_another_name_is_an_error_with_the_names_there_are():

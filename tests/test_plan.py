@@ -253,3 +253,39 @@ def test_a_program_that_moves_too_much_stops_the_plan():
     done = Compiled(exact=True, programs=[program], state_bytes={}, rss_bytes=0, warnings=[])
     with pytest.raises(PlanError, match=r"gradient program: big \(jit\(f\)/params\) gathers 4 MiB of f32"):
         check_moves(c, c.model.spec, layout, work_of(c), done)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_calibration_finds_the_two_rates_and_the_bytes_of_what_ran(monkeypatch):
+    """All seven learners compile and run; their times are made up from two rates, since tests run beside one another."""
+    from rich.console import Console
+
+    from lnjax.planner import calibrate
+
+    class Timed(calibrate.Learner):
+        def __init__(self, c):
+            super().__init__(c)
+            self.config = c
+
+        def turn(self):
+            super().turn()
+            assert min(self.taken) > 0
+            self.taken[:] = [calibrate.flops(self.config) / 1e11 + self.traffic / 1e10]
+
+    monkeypatch.setattr(calibrate, "Learner", Timed)
+    monkeypatch.setattr(calibrate, "SECONDS", 1e-3)
+    monkeypatch.setattr(calibrate, "ROUNDS", 1)
+    found = calibrate.calibrate(Console(), note=lambda _: None)
+    assert (found["gemm_flops"], found["memory_bytes_per_s"]) == (pytest.approx(1e11), pytest.approx(1e10))
+    assert found["fits"] and len(found["runs"]) == 3
+    for run in found["runs"]:
+        assert run["predicted_bytes"] == pytest.approx(run["measured_bytes"], rel=0.1)
+        assert run["predicted_seconds"] == pytest.approx(run["measured_seconds"], rel=0.01)
+
+
+def test_what_is_checked_is_none_of_what_calibrates():
+    from lnjax.planner.calibrate import checked, references
+
+    assert len({c.model.spec.d_model for c in [*references(), *checked()]}) == 7
+    assert len({c.model.spec.vocab_size for c in checked()}) == 3

@@ -1,13 +1,14 @@
-"""The planner against this machine: predictions for three small runs from two measured constants, then the runs.
+"""The planner against this machine: predictions for three small learners from two calibrated constants, then their runs.
 
-Memory comes from compiling for abstract arrays, as for GPUs. Time is FLOPs at the rate of one measured matmul plus the
-program's traffic at the rate of one measured copy; what neither describes (dispatch, exponentials) shows as error.
+Memory comes from compiling for abstract arrays, as for GPUs. Time is a step's FLOPs at one rate plus its program's traffic at
+another. Both rates are what four reference learners, none of them a checked one, reach: a bare matmul and a bare copy say
+little about a step whose arrays partly stay in cache. References and checked runs take turns, so a slow minute meets all.
 """
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -19,137 +20,144 @@ from rich.table import Table
 from lnjax import sft
 from lnjax.build import build_model
 from lnjax.config import load_config
+from lnjax.errors import PlanError
 from lnjax.mesh import make_mesh, put_rows
+from lnjax.planner.collectives import traffic
 from lnjax.planner.compiled import Job, compile_job
-from lnjax.planner.costs import RECOMPUTED
 from lnjax.planner.counts import flops_per_token, num_params
 from lnjax.planner.hardware import H100
-from lnjax.schema import MeshConfig, ModelSpec, RunConfig, uniform_blocks
+from lnjax.schema import MeshConfig, RunConfig, uniform_blocks
 from lnjax.types import PackedBatch
 
-MATMUL = 1024
-COPY = 2**25
-REPEATS = 5
+ROUNDS, SECONDS = 4, 0.5
+"""Turns of each learner, and the least time of one."""
 MEMORY_MARGIN, TIME_MARGIN = 0.10, 0.25
 
 
-def runs() -> list[RunConfig]:
-    """A tiny SFT, the quickstart's SFT, and a Llama of 10 M parameters."""
-    quick = dataclasses.replace(load_config("quickstart"), grpo=None, eval=None)
+def quickstart() -> RunConfig:
+    return replace(load_config("quickstart"), mesh=MeshConfig(fsdp=1))
+
+
+def llama(name: str, *, shape: tuple[int, int, int, int, int], vocab: int, rows: tuple[int, int]) -> RunConfig:
+    """The quickstart's SFT with another model and batch. Shape: layers, width, heads, kv heads, ffn. Rows: how many, tokens."""
+    quick, (layers, width, heads, kv, ffn) = quickstart(), shape
     assert quick.sft and quick.model.spec
-    spec = dataclasses.replace(
-        quick.model.spec,
-        d_model=384,
-        num_heads=6,
-        head_dim=64,
-        blocks=uniform_blocks(num_layers=6, num_kv_heads=2, ffn=1024),
-        num_source_layers=6,
-    )
-    rows = dataclasses.replace(quick.sft, batch_rows=8, pack=dataclasses.replace(quick.sft.pack, microbatch_rows=8))
-    large = dataclasses.replace(quick, name="llama_10m", model=dataclasses.replace(quick.model, spec=spec), sft=rows)
-    return [dataclasses.replace(load_config("tiny_sft"), grpo=None), quick, large]
+    blocks = uniform_blocks(num_layers=layers, num_kv_heads=kv, ffn=ffn)
+    spec = replace(quick.model.spec, vocab_size=vocab, d_model=width, num_heads=heads, head_dim=64, blocks=blocks)
+    spec = replace(spec, num_source_layers=layers, max_position=rows[1])
+    pack = replace(quick.sft.pack, microbatch_rows=rows[0], row_tokens=rows[1])
+    part = replace(quick.sft, batch_rows=rows[0], pack=pack)
+    return replace(quick, name=name, model=replace(quick.model, spec=spec), sft=part)
 
 
-def calibrate(console: Console) -> dict[str, Any]:
-    """Print predicted and measured; `fits` is whether all are within the margins."""
-    x = jnp.ones((MATMUL, MATMUL), jnp.float32)
-    matmul = 2 * MATMUL**3 / _seconds(jax.jit(lambda x: x @ x), x)
-    copy = 2 * 4 * COPY / _seconds(jax.jit(lambda x: x + 1.0), jnp.ones((COPY,), jnp.float32))
-    console.print(f"measured: matmul {matmul / 1e9:.1f} GFLOP/s, copy {copy / 1e9:.1f} GB/s", highlight=False)
-    table = Table(
-        "run", "parameters", "MB predicted", "MB of what ran", "off by", "ms predicted", "ms measured", "off by"
-    )
-    found = []
-    for c in runs():
-        row = _compare(c, matmul=matmul, copy=copy)
-        found.append(row)
-        table.add_row(
-            row["name"],
-            f"{row['parameters']:,}",
-            f"{row['predicted_bytes'] / 1e6:.2f} \\[compiled]",
-            f"{row['measured_bytes'] / 1e6:.2f}",
-            _off(row["predicted_bytes"], row["measured_bytes"], MEMORY_MARGIN),
-            f"{row['predicted_seconds'] * 1e3:.1f} \\[modelled]",
-            f"{row['measured_seconds'] * 1e3:.1f}",
-            _off(row["predicted_seconds"], row["measured_seconds"], TIME_MARGIN),
-        )
-    console.print(table)
-    within = all(
-        abs(r[f"predicted_{k}"] / r[f"measured_{k}"] - 1) <= margin
-        for r in found
-        for k, margin in (("bytes", MEMORY_MARGIN), ("seconds", TIME_MARGIN))
-    )
-    console.print(
-        f"margins: memory {MEMORY_MARGIN:.0%}, step time {TIME_MARGIN:.0%}: {'held' if within else 'not held'}"
-    )
-    return {"matmul_flops": matmul, "copy_bytes_per_s": copy, "runs": found, "fits": within}
+def references() -> list[RunConfig]:
+    """One far along each axis that the checked ones differ in."""
+    return [
+        llama("narrow", shape=(4, 256, 4, 2, 768), vocab=4096, rows=(4, 256)),
+        llama("deep", shape=(16, 320, 5, 5, 896), vocab=2048, rows=(4, 128)),
+        llama("wide", shape=(2, 1024, 16, 8, 2816), vocab=1024, rows=(4, 256)),
+        llama("long", shape=(4, 512, 8, 4, 1408), vocab=8192, rows=(1, 1024)),
+    ]
 
 
-def _off(predicted: float, measured: float, margin: float) -> str:
-    off = predicted / measured - 1
-    return f"{off:+.0%}" if abs(off) <= margin else f"[bold red]{off:+.0%}[/bold red]"
+def checked() -> list[RunConfig]:
+    """The quickstart's SFT, a Llama of 13 M parameters and six layers of SmolLM2-135M."""
+    return [
+        quickstart(),
+        llama("llama_13m", shape=(6, 384, 6, 2, 1024), vocab=8192, rows=(2, 512)),
+        llama("smollm2_6layers", shape=(6, 576, 9, 3, 1536), vocab=49152, rows=(1, 512)),
+    ]
 
 
-def _seconds(f: Callable[..., Any], *args: Any) -> float:
-    """Median of a few calls after the first."""
-    jax.block_until_ready(f(*args))
-    taken = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        jax.block_until_ready(f(*args))
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
-
-
-def _compare(c: RunConfig, *, matmul: float, copy: float) -> dict[str, Any]:
+def flops(c: RunConfig) -> float:
+    """Of a step. Masked scores are made too, hence twice the causal context."""
     assert c.sft and c.model.spec
-    spec, pack = c.model.spec, c.sft.pack
-    c = dataclasses.replace(c, mesh=MeshConfig(fsdp=1))
-    done = compile_job(Job(config=c, stage="sft", spec=spec, hw=H100, accumulate=False), jax.devices()[:1])
+    tokens = c.sft.pack.microbatch_rows * c.sft.pack.row_tokens
+    return tokens * flops_per_token(c.model.spec, context=2 * c.sft.pack.row_tokens)
+
+
+def predict(c: RunConfig) -> tuple[int, float]:
+    """(bytes, traffic) of a step, from compiling for arrays that are not there."""
+    assert c.model.spec
+    done = compile_job(Job(config=c, stage="sft", spec=c.model.spec, hw=H100, accumulate=False), jax.devices()[:1])
     gradient, apply = done.programs
-    tokens = pack.microbatch_rows * pack.row_tokens
-    again = 1 + RECOMPUTED[c.model.remat] / 3
-    predicted = (
-        tokens * flops_per_token(spec, context=2 * pack.row_tokens) * again / matmul
-    )  # masked scores are made too
-    predicted += (gradient.traffic + apply.traffic) / copy
     peak = max(gradient.peak_bytes + done.state_bytes["optimizer"], apply.peak_bytes)
-    measured, seconds = _run(c, spec)
-    return {
-        "name": c.name,
-        "parameters": num_params(spec),
-        "predicted_bytes": peak,
-        "measured_bytes": measured,
-        "predicted_seconds": predicted,
-        "measured_seconds": seconds,
-    }
+    return peak, gradient.traffic + apply.traffic
 
 
-def _run(c: RunConfig, spec: ModelSpec) -> tuple[float, float]:
-    """(bytes of the arrays that were there and of XLA's temporaries for the programs that ran, seconds of an update)."""
-    assert c.sft
-    mesh = make_mesh(c.mesh, devices=jax.devices()[:1])
-    model = build_model(c, spec=spec, mesh=mesh)
-    updater = sft.build_updater(model, c.sft, dtype=jnp.dtype(c.model.param_dtype))
-    before = {id(x) for x in jax.live_arrays()}
-    params = model.init_params(jax.random.key(0), dtype=jnp.dtype(c.model.param_dtype))
-    state = updater.init(params, step=0, rng=jax.random.key(1))
-    shape = (c.sft.pack.microbatch_rows, c.sft.pack.row_tokens)
-    tokens: Any = np.random.default_rng(0).integers(0, spec.vocab_size, shape).astype(np.int32)
-    positions: Any = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-    ones: Any = np.ones_like(tokens)
-    mask: Any = (positions > 0).astype(np.float32)
-    batch = put_rows(mesh, PackedBatch(tokens, positions, ones, mask))
-    gradient = updater.gradient(state.params, [batch])
-    resident = sum(x.nbytes for x in jax.live_arrays() if id(x) not in before)
-    programs = updater.lower(state, gradient, batch, accumulate=False)
-    memory = {name: lowered.compile().memory_analysis() for name, lowered in programs.items()}
-    measured = resident + max(m.temp_size_in_bytes for m in memory.values())
-    del gradient
-    taken = []
-    for _ in range(REPEATS + 1):
-        start = time.perf_counter()
-        state, stats = updater.update(state, [batch])
-        jax.block_until_ready((state, stats))
-        taken.append(time.perf_counter() - start)
-    return measured, statistics.median(taken[1:])
+class Learner:
+    """The SFT step of a config on one device, its traffic and its bytes: arrays that are there, XLA's temporaries."""
+
+    def __init__(self, c: RunConfig):
+        assert c.sft and c.model.spec
+        pack, dtype, mesh = c.sft.pack, jnp.dtype(c.model.param_dtype), make_mesh(c.mesh, devices=jax.devices()[:1])
+        model = build_model(c, spec=c.model.spec, mesh=mesh)
+        updater = sft.build_updater(model, c.sft, dtype=dtype)
+        before = {id(x) for x in jax.live_arrays()}
+        self._state = updater.init(model.init_params(jax.random.key(0), dtype=dtype), step=0, rng=jax.random.key(1))
+        shape = (pack.microbatch_rows, pack.row_tokens)
+        ids: Any = np.random.default_rng(0).integers(0, c.model.spec.vocab_size, shape).astype(np.int32)
+        positions: Any = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+        batch = PackedBatch(ids, positions, np.ones_like(ids), (positions > 0).astype(np.float32))
+        self._batch = put_rows(mesh, batch)
+        so_far = updater.abstract_gradient(self._batch)
+        lowered = updater.lower(self._state, so_far, self._batch, accumulate=False)
+        self._gradient, self._apply = programs = [x.compile() for x in lowered.values()]
+        found = self._gradient(self._state.params, self._batch)
+        resident = sum(x.nbytes for x in jax.live_arrays() if id(x) not in before)
+        self.bytes = resident + max(x.memory_analysis().temp_size_in_bytes for x in programs)
+        del found
+        self.traffic = sum(traffic(x.as_text()) for x in programs)
+        self.taken: list[float] = []
+
+    def turn(self) -> None:
+        """Steps for a while, their seconds at the end of `taken`."""
+        end = time.perf_counter() + SECONDS
+        while (start := time.perf_counter()) < end:
+            found = self._gradient(self._state.params, self._batch)
+            self._state, stats = self._apply(self._state, *found)
+            jax.block_until_ready((self._state, stats))
+            self.taken.append(time.perf_counter() - start)
+
+
+def calibrate(console: Console, *, note: Callable[[str], None]) -> dict[str, Any]:
+    """Print predicted and measured; `fits` is whether all are within the margins."""
+    known, asked = references(), checked()
+    learners, predicted = [], []
+    for c in [*known, *asked]:
+        note(f"compiling {c.name}")
+        predicted += [predict(c)] * (c in asked)
+        learners.append(Learner(c))
+        learners[-1].turn()
+        learners[-1].taken.clear()
+    for i in range(ROUNDS):
+        note(f"timing: round {i + 1} of {ROUNDS}")
+        for x in learners:
+            x.turn()
+    took = [statistics.median(x.taken) for x in learners]
+    # seconds a FLOP and seconds a byte: least squares of relative errors
+    work = [[flops(c) / t, x.traffic / t] for c, x, t in zip(known, learners, took, strict=False)]
+    cost = np.linalg.lstsq(np.array(work), np.ones(len(work)))[0]
+    if min(cost) <= 0:
+        raise PlanError("the reference learners' times fit no two rates; is the machine busy?")
+    gemm, memory = (1 / float(x) for x in cost)
+    names = ", ".join(c.name for c in known)
+    console.print(f"calibrated on {names}: {gemm / 1e9:.0f} GFLOP/s, {memory / 1e9:.1f} GB/s", highlight=False)
+    table = Table("run", "size", "MB planned", "ran", "off by", "ms modelled", "ran", "off by")
+    runs, within = [], True
+    for c, (size, moved), x, t in zip(asked, predicted, learners[len(known) :], took[len(known) :], strict=True):
+        assert c.model.spec
+        run: dict[str, Any] = {"name": c.name, "parameters": num_params(c.model.spec)}
+        run |= {"predicted_bytes": size, "measured_bytes": x.bytes}
+        run |= {"predicted_seconds": float(cost @ [flops(c), moved]), "measured_seconds": t}
+        runs.append(run)
+        cells = [c.name, f"{run['parameters'] / 1e6:.1f} M"]
+        for key, unit, margin in (("bytes", 1e-6, MEMORY_MARGIN), ("seconds", 1e3, TIME_MARGIN)):
+            said, found = run[f"predicted_{key}"], run[f"measured_{key}"]
+            within &= abs(said / found - 1) <= margin
+            cells += [f"{said * unit:,.0f}", f"{found * unit:,.0f}", f"{said / found - 1:+.1%}"]
+        table.add_row(*cells)
+    console.print(table)
+    held = "held" if within else "not held"
+    console.print(f"margins: memory {MEMORY_MARGIN:.0%}, step time {TIME_MARGIN:.0%}: {held}")
+    return {"gemm_flops": gemm, "memory_bytes_per_s": memory, "runs": runs, "fits": within}

@@ -32,6 +32,7 @@ from lnjax.ops.cudnn import compile_without_a_gpu
 from lnjax.ops.matmul import count_fp8
 from lnjax.planner.collectives import Collective, read_collectives, traffic
 from lnjax.planner.hardware import Hardware
+from lnjax.planner.layout import mesh_sizes
 from lnjax.schema import ModelSpec, RunConfig
 from lnjax.types import PackedBatch, RlBatch
 
@@ -60,8 +61,7 @@ class Job:
 
     @property
     def devices(self) -> int:
-        m = self.config.mesh
-        return m.data * m.fsdp * m.context * m.tensor
+        return math.prod(mesh_sizes(self.config.mesh).values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,16 +178,14 @@ def compile_job(job: Job, devices: list[Any]) -> Compiled:
         program = lowered.compile(compiler_options=options)
         text = program.as_text()
         memory = program.memory_analysis()
+        given, made = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
         programs.append(
             Program(
                 name=name,
-                argument_bytes=memory.argument_size_in_bytes,
-                output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+                argument_bytes=given,
+                output_bytes=made,
                 temp_bytes=memory.temp_size_in_bytes,
-                peak_bytes=memory.argument_size_in_bytes
-                + memory.output_size_in_bytes
-                - memory.alias_size_in_bytes
-                + memory.temp_size_in_bytes,
+                peak_bytes=given + made + memory.temp_size_in_bytes,
                 seconds=time.monotonic() - start,
                 collectives=read_collectives(text),
                 traffic=traffic(text),

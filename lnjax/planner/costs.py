@@ -82,18 +82,16 @@ def pass_terms(
 def serving(c: RunConfig, spec: ModelSpec, layout: Layout, hw: Hardware) -> dict[str, float]:
     """A rollout server: bytes of weights and KV cache, sequences at once at full length."""
     e = c.engine
+    per_token = kv_bytes_per_token(spec, itemsize=ITEMSIZE[e.dtype])
     if isinstance(e, VllmConfig):
-        ranks, weights = (
-            layout.tensor_parallel,
-            num_params(spec) * (1 if e.quantization == "fp8" else ITEMSIZE[e.dtype]),
-        )
+        ranks = layout.tensor_parallel
+        weights = num_params(spec) * (1 if e.quantization == "fp8" else ITEMSIZE[e.dtype])
         room = ranks * (hw.memory_bytes * e.gpu_memory - ENGINE_RESERVE) - weights
         most = e.max_sequences
     else:
         ranks, weights = layout.mesh.tensor, num_params(spec) * ITEMSIZE[e.dtype]
         most = e.num_slots * ranks // layout.learner_gpus
-        room = most * e.max_len * kv_bytes_per_token(spec, itemsize=ITEMSIZE[e.dtype])
-    per_token = kv_bytes_per_token(spec, itemsize=ITEMSIZE[e.dtype])
+        room = most * e.max_len * per_token
     return {
         "ranks": ranks,
         "servers": layout.servers or layout.learner_gpus // ranks,

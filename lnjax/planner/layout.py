@@ -4,6 +4,7 @@ Imports no jax.
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -82,8 +83,7 @@ class Layout:
 
     @property
     def learner_gpus(self) -> int:
-        m = self.mesh
-        return m.data * m.fsdp * m.context * m.tensor
+        return math.prod(mesh_sizes(self.mesh).values())
 
     @property
     def shards(self) -> int:
@@ -95,8 +95,7 @@ class Layout:
         return self.learner_gpus + self.servers * self.tensor_parallel
 
     def text(self) -> str:
-        m = self.mesh
-        mesh = " x ".join(f"{a} {n}" for a, n in mesh_sizes(m).items() if n > 1) or "one GPU"
+        mesh = " x ".join(f"{a} {n}" for a, n in mesh_sizes(self.mesh).items() if n > 1) or "one GPU"
         return f"{self.learner_gpus} learn ({mesh}), {self.servers * self.tensor_parallel} sample"
 
 
@@ -121,9 +120,7 @@ def layout_as_written(c: RunConfig, *, stage: str, learner_gpus: int = 0) -> Lay
     """What the config says, or None where its mesh leaves an axis open and `learner_gpus` does not close it."""
     sizes = mesh_sizes(c.mesh)
     if -1 in sizes.values():
-        rest = 1
-        for size in sizes.values():
-            rest *= size if size != -1 else 1
+        rest = math.prod(size for size in sizes.values() if size != -1)
         if not learner_gpus or learner_gpus % rest:
             return None
         sizes = {axis: learner_gpus // rest if n == -1 else n for axis, n in sizes.items()}

@@ -57,9 +57,7 @@ def search(c: RunConfig, spec: ModelSpec, work: Work, hw: Hardware, *, gpus: int
         if device_bytes(c, spec, layout, work) > hw.plan_bytes:
             continue
         found = score(c, spec, layout, work, hw)
-        before = best.get(layout.mesh)
-        if before is None or _order(found) < _order(before):
-            best[layout.mesh] = found
+        best[layout.mesh] = min(best.get(layout.mesh, found), found, key=_order)
     return sorted(best.values(), key=_order)
 
 
