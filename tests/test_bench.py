@@ -16,7 +16,7 @@ from tests.fleet import ROOT, build_environment
 def test_another_loss_is_no_comparison():
     ours = {"loss": 2.0, "grad_norm": 1.0}
     assert difference(ours, {"loss": 2.00001, "grad_norm": 1.0}, dtype="float32", arm="default") < 1e-4
-    with pytest.raises(ConfigError, match="default does not do the same work: loss differs by 0.05"):
+    with pytest.raises(ConfigError, match=r"default does not do the same work: loss differs by 0\.05"):
         difference(ours, {"loss": 2.1, "grad_norm": 1.0}, dtype="float32", arm="default")
     with pytest.raises(ConfigError, match="grad_norm"):
         difference(ours, {"loss": 2.0, "grad_norm": 1.1}, dtype="float32", arm="default")

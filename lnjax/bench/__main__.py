@@ -1,8 +1,8 @@
 """python -m lnjax.bench CASE --shape NAME [--arms default,steelman] [--rounds N] [--json PATH] [--chart PATH]
 
 Times our step beside the PyTorch path's, one after the other, A B A B, on the machine at hand. CASE: sft (ragged
-conversations), sft-dense, logprob, decode, grpo (a whole iteration), ops. The PyTorch arms run in their own process, with the same
-weights and the same tokens; they and we must agree on the first loss and gradient norm (or greedy tokens), else no time is
+conversations), sft-dense, logprob, decode, grpo (a whole iteration), ops. The PyTorch arms run in processes of their own, with
+the same weights and tokens; they and we must agree on the first loss and gradient norm (or greedy tokens), else no time is
 printed. `ratio` is their time over ours.
 """
 
@@ -155,13 +155,12 @@ def compare(
     off = {a.name: difference(side.first, a.first, dtype=w.shape.dtype, arm=a.name) for a in arms}
     rate, rows = gemm_flops(w.shape.dtype), []
     for item, run in side.items.items():
-        there = [a for a in arms]
-        compile_s = {"ours": timed(run, 0), **{a.name: a.seconds(item, 0)[0] for a in there}}
+        compile_s = {"ours": timed(run, 0), **{a.name: a.seconds(item, 0)[0] for a in arms}}
         taken: dict[str, list[float]] = {key: [] for key in compile_s}
         peaks: dict[str, int] = {}
         for k in range(1, rounds + 1):
             taken["ours"].append(timed(run, k))
-            for a in there:
+            for a in arms:
                 seconds, peaks[a.name] = a.seconds(item, k)
                 taken[a.name].append(seconds)
             console.print(f"{case} {name} {item}: round {k} of {rounds}, " + ", ".join(
@@ -185,11 +184,11 @@ def compare(
             "mfu": flops / peak if peak else None,
             "ours_peak_bytes": peak_memory_bytes(),
         }
-        for key in [a.name for a in there] or ["none"]:
+        for key in [a.name for a in arms] or ["none"]:
             pairs = [b / a for a, b in zip(taken["ours"], taken.get(key, taken["ours"]), strict=True)]
             rows.append(common | {
-                "arm": key, "ratio": statistics.median(pairs) if there else None,
-                "ratio_spread": [min(pairs), max(pairs)] if there else None, "theirs_s": middle.get(key),
+                "arm": key, "ratio": statistics.median(pairs) if arms else None,
+                "ratio_spread": [min(pairs), max(pairs)] if arms else None, "theirs_s": middle.get(key),
                 "theirs_first_s": compile_s.get(key), "theirs_peak_bytes": peaks.get(key), "loss_difference": off.get(key),
             })  # fmt: skip
     return rows

@@ -1,8 +1,8 @@
 """The PyTorch path, in its own process and environment: python theirs.py CASE ARM FOLDER SETTINGS. Imports nothing of lnjax.
 
 `default` is what Hugging Face gives: Llama with SDPA, eager, padded batches, AdamW, `generate`, TRL's GRPOTrainer.
-`steelman` is what an expert makes of it: torch.compile, packed rows, logits of trained tokens only and in chunks, fused AdamW, the
-best SDPA backend, a static cache. `vllm` samples with vLLM.
+`steelman` is what an expert makes of it: torch.compile, packed rows, logits of trained tokens only and in chunks, fused AdamW,
+the best SDPA backend, a static cache. `vllm` samples with vLLM.
 Reads {"item": name, "k": step} a line, writes {"seconds": s, ...} a line; the first line it writes is {"first": ..., ...}.
 """
 
@@ -133,16 +133,16 @@ def train(w):
         hidden = model.model(input_ids=tokens, position_ids=positions, attention_mask=seen).last_hidden_state
         return sum_of_losses(hidden.reshape(-1, hidden.shape[-1])[where], model.lm_head.weight, targets)
 
-    run = torch.compile(packed_loss, fullgraph=not w.cuda) if steel else None
+    run = torch.compile(packed_loss, fullgraph=not w.cuda)
+
+    def loss_of(batch, total):
+        return run(*batch) / total if steel else model(**batch, num_items_in_batch=total).loss
 
     def update(k):
         total = 0.0
         for batch in batches[k % count]:
             with w.autocast(), w.backend():
-                if steel:
-                    loss = run(*batch) / totals[k % count]
-                else:
-                    loss = model(**batch, num_items_in_batch=totals[k % count]).loss
+                loss = loss_of(batch, totals[k % count])
             loss.backward()
             total += float(loss.detach())
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))

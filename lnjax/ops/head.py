@@ -69,7 +69,8 @@ def _head_fwd(x, w, targets, wanted, mesh, temperature):
 
 
 def _head_bwd(mesh, temperature, residuals, cotangents):
-    dx, dw = _backward(*residuals, cotangents[0], mesh=mesh, temperature=temperature)
+    x, w, targets, wanted, lse = residuals
+    dx, dw = _backward(x, w, targets, wanted, lse, cotangents[0], mesh=mesh, temperature=temperature)
     return dx, dw, None, None
 
 

@@ -22,6 +22,7 @@ from lnjax.build import build_model
 from lnjax.config import load_config
 from lnjax.errors import PlanError
 from lnjax.mesh import make_mesh, put_rows
+from lnjax.ops.attention import BLOCK_SERIAL
 from lnjax.planner.collectives import traffic
 from lnjax.planner.compiled import Job, compile_job
 from lnjax.planner.counts import flops_per_token, num_params
@@ -70,10 +71,10 @@ def checked() -> list[RunConfig]:
 
 
 def flops(c: RunConfig) -> float:
-    """Of a step. Masked scores are made too, hence twice the causal context."""
+    """Of a step. Every query meets the keys of its own tile and of those before."""
     assert c.sft and c.model.spec
     tokens = c.sft.pack.microbatch_rows * c.sft.pack.row_tokens
-    return tokens * flops_per_token(c.model.spec, context=2 * c.sft.pack.row_tokens)
+    return tokens * flops_per_token(c.model.spec, context=c.sft.pack.row_tokens + BLOCK_SERIAL)
 
 
 def predict(c: RunConfig) -> tuple[int, float]:
