@@ -119,7 +119,9 @@ def check_recipe(c: RecipeConfig) -> None:
     names = [stage.run.name for stage in c.stages]
     if len(set(names)) < len(names) or not any(stage.is_policy for stage in c.stages):
         raise ConfigError(f"{c.name}: stages {names}; expected different names, and one at least that trains a policy")
-    for stage, run in zip(c.stages, resolved(c, Path()), strict=True):
+    runs = resolved(c, Path())
+    resolve(c.eval, {name: Path(name) for name in names}, where=f"eval of {c.name}")
+    for stage, run in zip(c.stages, runs, strict=True):
         try:
             if stage.does == "pass_rates" and run.grpo is None:
                 raise ConfigError("measures pass rates of grpo.prompts, but has no grpo section; add one")
