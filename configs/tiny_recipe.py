@@ -34,7 +34,7 @@ from lnjax.schema import (
 
 PROMPT_TOKENS, ANSWER_TOKENS = 88, 80
 SCORER = ScorerConfig(source="stage:reward_model", pack=PackConfig(row_tokens=192, microbatch_rows=16))
-JUDGE = JudgeConfig(address="rule", rule_first=False)
+JUDGE = JudgeConfig(address="rule", rule_first=False, concurrency=4)
 
 
 def start() -> RunConfig:
@@ -71,7 +71,7 @@ def later(name: str, source: str) -> RunConfig:
 
 def math_rl() -> GrpoConfig:
     return GrpoConfig(
-        prompts=PromptConfig(source="lessons:math", num_prompts=1600, seed=1, max_prompt_tokens=32),
+        prompts=PromptConfig(source="lessons:math", num_prompts=1200, seed=1, max_prompt_tokens=32),
         prompts_per_step=16,
         samples_per_prompt=16,
         steps=60,
