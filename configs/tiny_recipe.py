@@ -32,6 +32,7 @@ from lnjax.schema import (
     SftDataConfig,
 )
 
+LESSONS = "python:configs._lessons:"
 PROMPT_TOKENS, ANSWER_TOKENS = 88, 80
 SCORER = ScorerConfig(source="stage:reward_model", pack=PackConfig(row_tokens=192, microbatch_rows=16))
 JUDGE = JudgeConfig(address="rule", rule_first=False, concurrency=4)
@@ -49,7 +50,7 @@ def start() -> RunConfig:
         ),
         reward=RewardConfig(num_workers=1, format="think"),
         sft=SftConfig(
-            data=SftDataConfig(source="lessons", num_examples=12000),
+            data=SftDataConfig(source=LESSONS + "school", num_examples=12000),
             steps=900,
             batch_rows=16,
             pack=PackConfig(row_tokens=176, microbatch_rows=16),
@@ -71,7 +72,7 @@ def later(name: str, source: str) -> RunConfig:
 
 def math_rl() -> GrpoConfig:
     return GrpoConfig(
-        prompts=PromptConfig(source="lessons:math", num_prompts=1200, seed=1, max_prompt_tokens=32),
+        prompts=PromptConfig(source=LESSONS + "math", num_prompts=1200, seed=1, max_prompt_tokens=32),
         prompts_per_step=16,
         samples_per_prompt=16,
         steps=60,
@@ -84,7 +85,7 @@ def math_rl() -> GrpoConfig:
 def lesson_rl(kind: str, *, steps: int) -> GrpoConfig:
     return replace(
         math_rl(),
-        prompts=PromptConfig(source=f"lessons:{kind}", num_prompts=2000, seed=1, max_prompt_tokens=PROMPT_TOKENS),
+        prompts=PromptConfig(source=LESSONS + kind, num_prompts=2000, seed=1, max_prompt_tokens=PROMPT_TOKENS),
         steps=steps,
         sampling=SamplingConfig(max_new_tokens=ANSWER_TOKENS),
         pack=PackConfig(row_tokens=336, microbatch_rows=8),
@@ -104,8 +105,8 @@ def config() -> RecipeConfig:
     reward_model = replace(
         later("reward_model", "sft"),
         reward_model=RewardModelConfig(
-            data=PreferenceDataConfig(source="lessons", num_comparisons=4000, seed=1),
-            heldout=PreferenceDataConfig(source="lessons", split="heldout", num_comparisons=256),
+            data=PreferenceDataConfig(source=LESSONS + "pairs", num_comparisons=4000, seed=1),
+            heldout=PreferenceDataConfig(source=LESSONS + "pairs", split="heldout", num_comparisons=256),
             steps=120,
             batch_size=32,
             pack=PackConfig(row_tokens=192, microbatch_rows=16, max_segments=8),
@@ -116,7 +117,7 @@ def config() -> RecipeConfig:
     chat = replace(lesson_rl("chat", steps=40), loss=GrpoLossConfig(kl_coef=0.01))
     scored = RewardConfig(num_workers=1, format="think", model=SCORER)
     held_out = PromptConfig(
-        source="lessons:math", split="heldout", num_prompts=512, seed=2, max_prompt_tokens=PROMPT_TOKENS
+        source=LESSONS + "math", split="heldout", num_prompts=512, seed=2, max_prompt_tokens=PROMPT_TOKENS
     )
     return RecipeConfig(
         name="tiny_recipe",
@@ -130,8 +131,8 @@ def config() -> RecipeConfig:
         ),
         eval=RecipeEvalConfig(
             math=held_out,
-            instructions=replace(held_out, source="lessons:instructions"),
-            chat=replace(held_out, source="lessons:chat", num_prompts=400),
+            instructions=replace(held_out, source=LESSONS + "instructions"),
+            chat=replace(held_out, source=LESSONS + "chat", num_prompts=400),
             on=SamplingConfig(max_new_tokens=ANSWER_TOKENS, temperature=0.6, top_p=0.95),
             off=SamplingConfig(max_new_tokens=ANSWER_TOKENS, temperature=0.0),
             reward=replace(scored, judge=JUDGE),

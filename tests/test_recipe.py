@@ -11,16 +11,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from configs import tiny_recipe
+from configs import _lessons, tiny_recipe
 from lnjax import passrate, pipeline, train
 from lnjax.alive import Watchdog
-from lnjax.data.lessons import ALONE, INSTRUCTIONS, KINDS, lesson_pairs, lesson_rows, school_rows
+from lnjax.data.streams import prompt_rows
 from lnjax.distributed import Place
 from lnjax.errors import ConfigError
 from lnjax.launch import main
 from lnjax.recipe import RecipeStage, check_recipe, override_stages, parse_recipe, resolve, resolved
 from lnjax.rewards.format import answer_of
 from lnjax.rewards.ifeval import followed
+from lnjax.schema import PromptConfig
 from tests.test_train import LAUNCH, ROOT, environment
 
 NAMES = ["sft", "pass_rates", "grpo", "if_rl", "reward_model", "chat_rl"]
@@ -208,33 +209,35 @@ def test_a_folder_of_another_recipe_is_refused(tmp_path, monkeypatch):
         play(tmp_path)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_lessons_of_the_two_splits_share_no_prompt(kind):
-    train_rows, heldout = (lesson_rows(kind, num_rows=300, seed=3, split=s) for s in ("train", "heldout"))
+@pytest.mark.parametrize("make", [_lessons.math, _lessons.instructions, _lessons.chat])
+def test_lessons_of_the_two_splits_share_no_prompt(make):
+    train_rows, heldout = (make(300, seed=3, split=s) for s in ("train", "heldout"))
     texts = [{row["input"][0]["content"] for row in rows} for rows in (train_rows, heldout)]
     assert len(texts[0]) == len(texts[1]) == 300
     assert not texts[0] & texts[1]
-    assert train_rows == lesson_rows(kind, num_rows=300, seed=3, split="train")
+    assert train_rows == make(300, seed=3, split="train")
     for row in train_rows:
         assert (row["reasoning"] == "on") == ("<think>" in row["output"])
     assert 0.3 < sum(row["reasoning"] == "on" for row in train_rows) / 300 < 0.7
 
 
 def test_half_of_the_thoughts_about_sums_estimate():
-    rows = [r for r in lesson_rows("math", num_rows=1000, seed=0, split="train") if r["reasoning"] == "on"]
+    rows = [r for r in _lessons.math(1000, seed=0, split="train") if r["reasoning"] == "on"]
     right = sum(answer_of(r["output"]) == r["args"]["answer"] for r in rows) / len(rows)
     assert 0.4 < right < 0.6
     assert all(
         r["output"] == r["args"]["answer"]
-        for r in lesson_rows("math", num_rows=1000, seed=0, split="train")
+        for r in _lessons.math(1000, seed=0, split="train")
         if r["reasoning"] == "off"
     )
 
 
 def test_every_instruction_and_every_pair_can_be_followed_and_need_not_be():
     answer = "a red fox is an animal."
-    pairs = [(x, y) for i, x in enumerate(INSTRUCTIONS) for y in INSTRUCTIONS[i + 1 :] if x.name != y.name]
-    for asked in [*((x,) for x in (*INSTRUCTIONS, *ALONE)), *pairs]:
+    pairs = [
+        (x, y) for i, x in enumerate(_lessons.INSTRUCTIONS) for y in _lessons.INSTRUCTIONS[i + 1 :] if x.name != y.name
+    ]
+    for asked in [*((x,) for x in (*_lessons.INSTRUCTIONS, *_lessons.ALONE)), *pairs]:
         said, not_said = answer, answer
         for x in asked:
             said, not_said = x.follow(said), x.ignore(not_said)
@@ -244,7 +247,7 @@ def test_every_instruction_and_every_pair_can_be_followed_and_need_not_be():
 
 
 def test_pairs_prefer_kind_and_true_to_bare_to_none_to_untrue():
-    found = [(row["chosen"], row["rejected"]) for _, row in lesson_pairs(200, seed=0, split="train")]
+    found = [(row["chosen"], row["rejected"]) for row in _lessons.pairs(200, seed=0, split="train")]
     kinds = {tuple("kind" if "glad" in x else "none" if "no idea" in x else "bare" for x in pair) for pair in found}
     assert kinds == {
         ("kind", "bare"),
@@ -256,11 +259,17 @@ def test_pairs_prefer_kind_and_true_to_bare_to_none_to_untrue():
     }
 
 
-def test_a_school_has_all_three_kinds_and_a_kind_that_is_none_is_named():
-    kinds = [row["category"] for row in school_rows(200, seed=0)]
-    assert {k: kinds.count(k) for k in KINDS} == {"math": 120, "instructions": 50, "chat": 30}
-    with pytest.raises(ConfigError, match="unknown source lessons:maths"):
-        lesson_rows("maths", num_rows=1, seed=0, split="train")
+def test_a_school_has_all_three_kinds():
+    kinds = [row["category"] for row in _lessons.school(200, seed=0, split="train")]
+    assert {k: kinds.count(k) for k in set(kinds)} == {"math": 120, "instructions": 50, "chat": 30}
+
+
+@pytest.mark.parametrize("source", ["python:configs._lessons:maths", "python:no_such_module:f", "python::"])
+def test_a_generator_that_is_not_there_is_named(source):
+    with pytest.raises(ConfigError, match=f"{source}: .*; expected python:MODULE:FUNCTION"):
+        prompt_rows(PromptConfig(source=source, num_prompts=1))
+    with pytest.raises(ConfigError, match="needs a number of rows"):
+        prompt_rows(PromptConfig(source=source))
 
 
 SHORT = """
@@ -269,7 +278,7 @@ from configs import tiny_grpo, tiny_recipe
 
 def config():
     c, small = tiny_recipe.config(), tiny_grpo.config().model
-    few = lambda prompts, n: dataclasses.replace(prompts, num_prompts=n if prompts.source.startswith("lessons") else 0)
+    few = lambda prompts, n: dataclasses.replace(prompts, num_prompts=n if prompts.source.startswith("python:") else 0)
     def short(stage):
         run = stage.run
         model = dataclasses.replace(run.model, spec=dataclasses.replace(small.spec, max_position=256))

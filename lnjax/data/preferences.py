@@ -18,9 +18,8 @@ import numpy as np
 
 from lnjax.data.arithmetic import arithmetic_rows, unit
 from lnjax.data.chat import supervised
-from lnjax.data.lessons import lesson_pairs
 from lnjax.data.packing import microbatches, pack, shared_tokens
-from lnjax.data.rows import Row, messages_of, read_jsonl
+from lnjax.data.rows import PYTHON, Row, messages_of, read_jsonl, rows_of_function
 from lnjax.data.streams import ShuffledStream
 from lnjax.data.tokenizer import Tokenizer
 from lnjax.errors import ConfigError, DataError
@@ -40,15 +39,18 @@ def build_comparisons(
     c: PreferenceDataConfig, tokenizer: Tokenizer, *, regression: bool, max_tokens: int, seed: int
 ) -> ShuffledStream[Comparison]:
     """Every row is tokenized and checked now. Raises DataError naming the row. Regression: one rated answer each."""
-    if c.source in ("arithmetic", "lessons"):
+    if c.source == "arithmetic":
         if c.num_comparisons < 1 or regression:
-            raise ConfigError(f"the generated source `{c.source}` needs num_comparisons and has pairs only, no ratings")
-        pairs = lesson_pairs if c.source == "lessons" else arithmetic_pairs
-        rows = pairs(c.num_comparisons, seed=c.seed, split=c.split)
+            raise ConfigError("the generated source `arithmetic` needs num_comparisons and has pairs only, no ratings")
+        rows = arithmetic_pairs(c.num_comparisons, seed=c.seed, split=c.split)
+    elif c.source.startswith(PYTHON):
+        rows = rows_of_function(c.source, num_rows=c.num_comparisons, seed=c.seed, split=c.split)
     elif c.source.endswith(".jsonl"):
         rows = read_jsonl(Path(c.source))
     else:
-        raise ConfigError(f"unknown source of preferences {c.source!r}; use `arithmetic`, `lessons` or a .jsonl file")
+        raise ConfigError(
+            f"unknown source of preferences {c.source!r}; use `arithmetic`, `{PYTHON}MODULE:FUNCTION` or a .jsonl file"
+        )
     found = []
     with progress(f"comparisons of {c.source}", total=c.num_comparisons, unit="comparisons") as advance:
         judged = itertools.islice(_judged(rows, regression=regression), c.num_comparisons or None)

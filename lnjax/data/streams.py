@@ -13,15 +13,14 @@ from lnjax.data.arithmetic import arithmetic_rows
 from lnjax.data.curriculum import order_prompts
 from lnjax.data.ifeval_combined import combined_prompts
 from lnjax.data.ifeval_prompts import ifeval_prompts
-from lnjax.data.lessons import lesson_rows, school_rows
-from lnjax.data.rows import Row, read_jsonl, to_prompt, to_sample
+from lnjax.data.rows import PYTHON, Row, read_jsonl, rows_of_function, to_prompt, to_sample
 from lnjax.data.tokenizer import Tokenizer
 from lnjax.errors import ConfigError, DataError
 from lnjax.metrics import progress
 from lnjax.schema import CurriculumConfig, PromptConfig, SftConfig
 from lnjax.types import PackedBatch, Prompt, Sample
 
-REASONING_GYM, LESSONS = "reasoning_gym:", "lessons:"
+REASONING_GYM = "reasoning_gym:"
 HELDOUT_SEED = 1_000_003  # added to the seed of generators that cannot split by problem
 
 
@@ -121,17 +120,14 @@ def build_prompt_stream(
 
 def build_sft_stream(c: SftConfig, tokenizer: Tokenizer, *, seed: int) -> SftStream:
     """Every example is tokenized and checked now. Raises DataError naming the row."""
-    if c.data.source in ("arithmetic", "lessons"):
-        count, seed_of_data = c.data.num_examples, c.data.seed
-        if count < 1:
+    if c.data.source == "arithmetic":
+        if c.data.num_examples < 1:
             raise ConfigError("sft.data.num_examples must be at least 1 for a generated source")
-        lessons = c.data.source == "lessons"
-        made = (
-            school_rows(count, seed=seed_of_data)
-            if lessons
-            else arithmetic_rows(num_rows=count, seed=seed_of_data, split="train")
+        rows = _named(
+            "arithmetic/train", arithmetic_rows(num_rows=c.data.num_examples, seed=c.data.seed, split="train")
         )
-        rows = _named(f"{c.data.source}/train", made)
+    elif c.data.source.startswith(PYTHON):
+        rows = rows_of_function(c.data.source, num_rows=c.data.num_examples, seed=c.data.seed, split="train")
     else:
         rows = _file_rows(c.data.source, limit=c.data.num_examples)
     with progress(f"examples of {c.data.source}", total=len(rows), unit="examples") as advance:
@@ -144,7 +140,7 @@ def build_sft_stream(c: SftConfig, tokenizer: Tokenizer, *, seed: int) -> SftStr
 
 def prompt_rows(c: PromptConfig) -> list[tuple[str, Row]]:
     """(name, row) of every prompt, in the order of the source."""
-    generated = c.source in ("arithmetic", "ifeval", "ifeval_combined") or c.source.startswith((REASONING_GYM, LESSONS))
+    generated = c.source in ("arithmetic", "ifeval", "ifeval_combined") or c.source.startswith(REASONING_GYM)
     if generated and c.num_prompts < 1:
         raise ConfigError(f"num_prompts must be at least 1 for the generated source {c.source!r}")
     name = f"{c.source}/{c.split}"
@@ -154,9 +150,8 @@ def prompt_rows(c: PromptConfig) -> list[tuple[str, Row]]:
         return _named(name, ifeval_prompts(c.num_prompts, seed=c.seed, split=c.split))
     if c.source == "ifeval_combined":
         return _named(name, combined_prompts(c.num_prompts, seed=c.seed, split=c.split))
-    if c.source.startswith(LESSONS):
-        kind = c.source.removeprefix(LESSONS)
-        return _named(name, lesson_rows(kind, num_rows=c.num_prompts, seed=c.seed, split=c.split))
+    if c.source.startswith(PYTHON):
+        return rows_of_function(c.source, num_rows=c.num_prompts, seed=c.seed, split=c.split)
     if c.source.startswith(REASONING_GYM):
         return _named(name, _reasoning_gym_rows(c))
     return _file_rows(c.source, limit=c.num_prompts)
@@ -170,7 +165,7 @@ def _file_rows(source: str, *, limit: int) -> list[tuple[str, Row]]:
     if not source.endswith(".jsonl"):
         raise ConfigError(
             f"unknown data source {source!r}; use `arithmetic`, `ifeval`, `ifeval_combined`, "
-            f"`{LESSONS}KIND`, `{REASONING_GYM}TASK` or a .jsonl file"
+            f"`{REASONING_GYM}TASK`, `{PYTHON}MODULE:FUNCTION` or a .jsonl file"
         )
     rows = []
     for item in read_jsonl(Path(source)):

@@ -17,9 +17,8 @@ from typing import Any
 
 from lnjax.data.arithmetic import arithmetic_rows, unit, worked
 from lnjax.data.rows import Row
-from lnjax.errors import ConfigError, DataError
+from lnjax.errors import DataError
 
-KINDS = ("math", "instructions", "chat")
 SHARES = (0.6, 0.25)
 """Of SFT examples that are sums, and that have instructions; the rest is chat."""
 THOUGHT_SHARE = {"math": 0.6, "instructions": 0.4, "chat": 0.4}
@@ -84,12 +83,39 @@ ALONE = (
 """These go with no other."""
 
 
-def lesson_rows(kind: str, *, num_rows: int, seed: int, split: str) -> list[Row]:
-    """Distinct rows of one kind with both `output` (SFT) and `args` (RL); the same for the same arguments."""
-    if kind not in KINDS:
-        raise ConfigError(f"unknown source lessons:{kind}; use {', '.join(f'lessons:{k}' for k in KINDS)}")
-    if kind == "math":
-        return [_sum(row) for row in arithmetic_rows(num_rows=num_rows, seed=seed, split=split)]
+def math(num_rows: int, *, seed: int, split: str) -> list[Row]:
+    """Distinct rows with both `output` (SFT) and `args` (RL), as all functions here; the same for the same arguments."""
+    return [_sum(row) for row in arithmetic_rows(num_rows=num_rows, seed=seed, split=split)]
+
+
+def instructions(num_rows: int, *, seed: int, split: str) -> list[Row]:
+    return _asked("instructions", num_rows, seed=seed, split=split)
+
+
+def chat(num_rows: int, *, seed: int, split: str) -> list[Row]:
+    return _asked("chat", num_rows, seed=seed, split=split)
+
+
+def school(num_rows: int, *, seed: int, split: str) -> list[Row]:
+    """All three kinds, for SFT."""
+    sums, asked = (round(share * num_rows) for share in SHARES)
+    makers = ((math, sums), (instructions, asked), (chat, num_rows - sums - asked))
+    return [row for make, count in makers for row in make(count, seed=seed, split=split)]
+
+
+def pairs(num_rows: int, *, seed: int, split: str) -> Iterator[Row]:
+    """Chat answers of which one is better: kind and true, then bare, then none, then kind but untrue."""
+    for row in chat(num_rows, seed=seed, split=split):
+        rng, thought = random.Random(f"pair/{row['input']}"), row["output"].rpartition("</think>")
+        truth = row["args"]["answer"]
+        other = rng.choice([a for a in THINGS if a not in truth])
+        answers = [f"{truth}{KINDLY}", truth, NO_ANSWER, f"{truth.rpartition(' is ')[0]} is {_a(other)}.{KINDLY}"]
+        better, worse = sorted(rng.sample(range(len(answers)), 2))
+        chosen, rejected = ("".join([*thought[:2], answers[k]]) for k in (better, worse))
+        yield {**row, "chosen": chosen, "rejected": rejected}
+
+
+def _asked(kind: str, num_rows: int, *, seed: int, split: str) -> list[Row]:
     rng, rows = random.Random(f"lessons/{kind}/{split}/{seed}"), {}
     for _ in range(100 * num_rows + 1000):
         if len(rows) == num_rows:
@@ -101,26 +127,7 @@ def lesson_rows(kind: str, *, num_rows: int, seed: int, split: str) -> list[Row]
         text = " ".join([question, *(x.ask for x in asked)])
         if (unit(f"split/{text}") * 10 < HELD_OUT_OF_TEN) == (split == "heldout"):
             rows[text] = _row(kind, text, thing=thing, a=a, asked=asked)
-    raise DataError(f"lessons:{kind}: only {len(rows)} of {num_rows} distinct prompts in {split!r}; lower the number")
-
-
-def school_rows(num_rows: int, *, seed: int) -> list[Row]:
-    """All three kinds, for SFT."""
-    sums, instructions = (round(share * num_rows) for share in SHARES)
-    counts = zip(KINDS, (sums, instructions, num_rows - sums - instructions), strict=True)
-    return [row for kind, count in counts for row in lesson_rows(kind, num_rows=count, seed=seed, split="train")]
-
-
-def lesson_pairs(num_pairs: int, *, seed: int, split: str) -> Iterator[tuple[str, Row]]:
-    """Chat answers of which one is better: kind and true, then bare, then none, then kind but untrue."""
-    for i, row in enumerate(lesson_rows("chat", num_rows=num_pairs, seed=seed, split=split)):
-        rng, thought = random.Random(f"pair/{row['input']}"), row["output"].rpartition("</think>")
-        truth = row["args"]["answer"]
-        other = rng.choice([a for a in THINGS if a not in truth])
-        answers = [f"{truth}{KINDLY}", truth, NO_ANSWER, f"{truth.rpartition(' is ')[0]} is {_a(other)}.{KINDLY}"]
-        better, worse = sorted(rng.sample(range(len(answers)), 2))
-        chosen, rejected = ("".join([*thought[:2], answers[k]]) for k in (better, worse))
-        yield f"lessons/{split}/{i}", {**row, "chosen": chosen, "rejected": rejected}
+    raise DataError(f"{kind} lessons: only {len(rows)} of {num_rows} distinct prompts in {split!r}; lower the number")
 
 
 def _sum(row: Row) -> Row:
