@@ -88,7 +88,7 @@ def lesson_rl(kind: str, *, steps: int) -> GrpoConfig:
         prompts=PromptConfig(source=LESSONS + kind, num_prompts=2000, seed=1, max_prompt_tokens=PROMPT_TOKENS),
         steps=steps,
         sampling=SamplingConfig(max_new_tokens=ANSWER_TOKENS),
-        pack=PackConfig(row_tokens=336, microbatch_rows=8),
+        pack=PackConfig(row_tokens=256, microbatch_rows=8),
     )
 
 

@@ -19,7 +19,7 @@ from lnjax.data.streams import build_prompt_stream
 from lnjax.errors import ConfigError
 from lnjax.evaluate import EVAL_SEED
 from lnjax.metrics import write_json
-from lnjax.recipe import RecipeConfig, RecipeEvalConfig, RecipeStage, resolve, resolved
+from lnjax.recipe import STAGE, RecipeConfig, RecipeEvalConfig, RecipeStage, resolve, resolved
 from lnjax.report.page import write_page
 from lnjax.rewards.format import OPEN, follows_format
 from lnjax.sampler import digest_of, open_sampler
@@ -43,7 +43,10 @@ def check(c: RecipeConfig, run_dir: Path) -> str:
     """Validate what can be without training; a stage that needs what an earlier one has not made yet says so."""
     lines = []
     for stage, run in zip(c.stages, resolved(c, run_dir), strict=True):
-        missing = [name for name in _needs(stage) if not (run_dir / name / "summary.json").exists()]
+        needed = {
+            x.split('"')[0].split("/")[0] for x in json.dumps(dataclasses.asdict(stage.run)).split(f'"{STAGE}')[1:]
+        }
+        missing = [name for name in sorted(needed) if not (run_dir / name / "summary.json").exists()]
         text = f"waits for {', '.join(missing)}" if missing else train.check(run, run_dir / run.name)
         lines.append(f"{run.name}: {text}")
     return "\n".join(lines)
@@ -59,17 +62,14 @@ def run(c: RecipeConfig, run_dir: Path, *, watchdog: Watchdog, notice: Notice) -
     made = [(run_dir / config.name / "summary.json").exists() for config in runs]
     if made != sorted(made, reverse=True):
         name = runs[made.index(False)].name
-        raise ConfigError(
-            f"{run_dir / name} is not finished, but later stages are, of another one; remove their folders"
-        )
+        raise ConfigError(f"{run_dir / name} is not finished, but stages after it are; remove their folders too")
     done = []
     for number, (stage, config) in enumerate(zip(c.stages, runs, strict=True), 1):
         folder = run_dir / config.name
         before = _read(folder / "summary.json")
         print(f"stage {number}/{len(runs)} {config.name}: {'done before' if before else 'running'}", flush=True)
         done.append(before or _do(c, stage, config, folder, watchdog=watchdog, notice=notice))
-    folders = {config.name: run_dir / config.name for config in runs}
-    measures = resolve(c.eval, folders, where=f"eval of {c.name}")
+    measures = resolve(c.eval, {x.name: run_dir / x.name for x in runs}, where=f"eval of {c.name}")
     stages: list[dict[str, Any]] = []
     figures: Figures = {}
     for stage, config, summary in zip(c.stages, runs, done, strict=True):
@@ -90,8 +90,7 @@ def run(c: RecipeConfig, run_dir: Path, *, watchdog: Watchdog, notice: Notice) -
     found = {"name": c.name, "stages": stages, "table": table(stages)}
     write_json(run_dir / "summary.json", found)
     (run_dir / "table.md").write_text("\n".join(found["table"]) + "\n", encoding="utf-8")
-    trained = [run_dir / s.run.name for s in c.stages if s.does == "train"]
-    write_page(trained, out=run_dir / "report.html")
+    write_page([run_dir / s.run.name for s in c.stages if s.does == "train"], out=run_dir / "report.html")
     return found
 
 
@@ -102,36 +101,33 @@ def evaluate(c: RecipeEvalConfig, config: RunConfig, folder: Path) -> Figures:
     if before and before["of"] == of:
         return before["figures"]
     model = dataclasses.replace(config.model, source=str(folder), tokenizer="same")
-    groups = {}
+    found: dict[tuple[str, str], list[tuple[Mapping[str, float], str]]] = {}
+    """{(prompts, mode): [(parts of the score, text)]}"""
     with open_sampler(dataclasses.replace(config, model=model, reward=c.reward), folder=folder / "eval") as s:
-        b = s.built
+        tokenizer = s.built.tokenizer
         for name, prompts in c.prompts.items():
-            stream = build_prompt_stream(prompts, b.tokenizer).prompts
+            stream = build_prompt_stream(prompts, tokenizer).prompts
             for mode, sampling in (("on", c.on), ("off", c.off)):
                 asked = [p for p in stream if p.reasoning == (mode == "on")]
-                answers = s.engine.generate(asked, num_samples=1, sampling=b.sampling(sampling), seed=EVAL_SEED)
-                scored = score_groups(asked, answers, tokenizer=b.tokenizer, reward=s.reward)
-                groups[name, mode] = [x for group in scored for x in group.rollouts]
-        texts = {
-            mode: [b.tokenizer.decode(x.completion.token_ids) for (_, m), xs in groups.items() if m == mode for x in xs]
-            for mode in ("on", "off")
-        }
-    parts = {(*key, part): [x.score.parts.get(part, 0.0) for x in xs] for key, xs in groups.items() for part in PARTS}
+                answers = s.engine.generate(asked, num_samples=1, sampling=s.built.sampling(sampling), seed=EVAL_SEED)
+                scored = score_groups(asked, answers, tokenizer=tokenizer, reward=s.reward)
+                one = [group.rollouts[0] for group in scored]
+                found[name, mode] = [(x.score.parts, tokenizer.decode(x.completion.token_ids)) for x in one]
+
+    def mean(name: str, part: str, *modes: str) -> dict[str, float]:
+        return figure([parts.get(part, 0.0) for mode in modes for parts, _ in found[name, mode]])
+
+    texts = {mode: [text for name in c.prompts for _, text in found[name, mode]] for mode in ("on", "off")}
     figures = {
-        "accuracy_on": figure(parts["math", "on", "accuracy"]),
-        "accuracy_off": figure(parts["math", "off", "accuracy"]),
+        "accuracy_on": mean("math", "accuracy", "on"),
+        "accuracy_off": mean("math", "accuracy", "off"),
         "think_on": figure([float(follows_format(text, reasoning=True)) for text in texts["on"]]),
         "think_off": figure([float(OPEN in text) for text in texts["off"]]),
-        "instructions_strict": figure(
-            [*parts["instructions", "on", "strict"], *parts["instructions", "off", "strict"]]
-        ),
-        "reward_model": figure([*parts["chat", "on", "accuracy"], *parts["chat", "off", "accuracy"]]),
+        "instructions_strict": mean("instructions", "strict", "on", "off"),
+        "reward_model": mean("chat", "accuracy", "on", "off"),
     }
     write_json(out, {"of": of, "figures": figures})
     return figures
-
-
-PARTS = ("accuracy", "strict")
 
 
 def figure(values: Sequence[float]) -> dict[str, float]:
@@ -142,16 +138,13 @@ def figure(values: Sequence[float]) -> dict[str, float]:
     return {"mean": mean, "low": low, "high": high, "num_prompts": len(values)}
 
 
-def moved(
-    before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]
-) -> tuple[list[str], list[str]]:
+def moved(before: Figures, after: Figures) -> tuple[list[str], list[str]]:
     """(figures that got better, that got worse) by more than the half width of their interval before."""
     better, worse = [], []
     for name in before.keys() & after.keys():
-        gain = after[name]["mean"] - before[name]["mean"]
-        sign = -1 if name in LOWER_IS_BETTER else 1
-        if not before[name]["low"] <= after[name]["mean"] <= before[name]["high"]:
-            (better if sign * gain > 0 else worse).append(name)
+        old, new = before[name], after[name]["mean"]
+        if not old["low"] <= new <= old["high"]:
+            (worse if (new < old["mean"]) != (name in LOWER_IS_BETTER) else better).append(name)
     return sorted(better), sorted(worse)
 
 
@@ -160,9 +153,8 @@ def table(stages: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [f"| after | {' | '.join(HEADINGS.values())} | dropped |", "| --- " * (len(HEADINGS) + 2) + "|"]
     for stage in stages:
         if stage["trains_policy"]:
-            cells = [
-                f"{x['mean']:.3f} ({x['low']:.3f} to {x['high']:.3f})" for x in (stage["eval"][k] for k in HEADINGS)
-            ]
+            shown: list[Any] = [stage["eval"][k] for k in HEADINGS]
+            cells = [f"{x['mean']:.3f} ({x['low']:.3f} to {x['high']:.3f})" for x in shown]
             lines.append(f"| {stage['name']} | {' | '.join(cells)} | {', '.join(stage['dropped']) or 'none'} |")
     return lines
 
@@ -195,9 +187,3 @@ def _check_same(config: RunConfig, folder: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def _needs(stage: RecipeStage) -> list[str]:
-    """Stages whose folders it reads."""
-    text = json.dumps(dataclasses.asdict(stage.run))
-    return sorted({x.split('"')[0].split("/")[0] for x in text.split('"stage:')[1:]})

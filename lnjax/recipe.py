@@ -150,9 +150,8 @@ def resolve[Value](value: Value, folders: Mapping[str, Path], *, where: str) -> 
     if isinstance(value, str) and value.startswith(STAGE):
         name, _, rest = value.removeprefix(STAGE).partition("/")
         if name not in folders:
-            raise ConfigError(
-                f"{where}: {value!r} names no earlier stage{nearest(name, list(folders))}; there are {list(folders)}"
-            )
+            ways = f"{nearest(name, list(folders))}; there are {list(folders)}"
+            raise ConfigError(f"{where}: {value!r} names no earlier stage{ways}")
         found = str(folders[name] / rest)
     elif isinstance(value, tuple):
         found = tuple(resolve(x, folders, where=where) for x in value)

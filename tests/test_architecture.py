@@ -190,4 +190,4 @@ def code_lines(text: str) -> int:
 def test_the_product_can_be_read_in_an_afternoon():
     assert code_lines('"""What."""\n\nx = 1  # why\n# because\ndef f():\n    """How."""\n    return x\n') == 3
     files = [*sources(), *PLUGIN.rglob("*.py")]
-    assert sum(code_lines(p.read_text(encoding="utf-8")) for p in files) <= 10_300
+    assert sum(code_lines(p.read_text(encoding="utf-8")) for p in files) <= 10_284

@@ -205,7 +205,7 @@ def test_a_folder_of_another_recipe_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="grpo holds a run of another config"):
         play(tmp_path, override_stages(tiny_recipe.config(), ["--grpo.grpo.steps", "2"]))
     (tmp_path / "grpo" / "summary.json").unlink()
-    with pytest.raises(ConfigError, match="grpo is not finished, but later stages are"):
+    with pytest.raises(ConfigError, match="grpo is not finished, but stages after it are"):
         play(tmp_path)
 
 
