@@ -53,7 +53,7 @@ def start() -> RunConfig:
             data=SftDataConfig(source=LESSONS + "school", num_examples=12000),
             steps=900,
             batch_rows=16,
-            pack=PackConfig(row_tokens=176, microbatch_rows=16),
+            pack=PackConfig(row_tokens=160, microbatch_rows=16),
             optimizer=OptimizerConfig(
                 learning_rate=2e-3, schedule="cosine", min_learning_rate=1e-4, warmup_steps=20, weight_decay=0.01
             ),
