@@ -4,7 +4,7 @@ What SFT imitates has mixed habits, so that each later stage has one to choose f
 
     math          half of the thoughts estimate (`47+38=?`: `50+40=90`, so 90), the others work the sum out
     instructions  each of the one or two instructions of a prompt is followed in four of ten answers
-    chat          an answer may end kindly, be bare, or be no answer; of two, pairs prefer the kinder and the true one
+    chat          an answer may end kindly, be bare, or be no answer; of two, pairs prefer the kinder one and the true one
 
 Things asked about are split by the question's hash, sums as in lnjax/data/arithmetic.py: the splits share none.
 """
@@ -104,12 +104,12 @@ def school(num_rows: int, *, seed: int, split: str) -> list[Row]:
 
 
 def pairs(num_rows: int, *, seed: int, split: str) -> Iterator[Row]:
-    """Chat answers of which one is better: kind and true, then bare, then none, then kind but untrue."""
+    """Chat answers of which one is better: kind and true, then bare, then none, then an untrue one."""
     for row in chat(num_rows, seed=seed, split=split):
         rng, thought = random.Random(f"pair/{row['input']}"), row["output"].rpartition("</think>")
         truth = row["args"]["answer"]
         other = rng.choice([a for a in THINGS if a not in truth])
-        answers = [f"{truth}{KINDLY}", truth, NO_ANSWER, f"{truth.rpartition(' is ')[0]} is {_a(other)}.{KINDLY}"]
+        answers = [f"{truth}{KINDLY}", truth, NO_ANSWER, f"{truth.rpartition(' is ')[0]} is {_a(other)}."]
         better, worse = sorted(rng.sample(range(len(answers)), 2))
         chosen, rejected = ("".join([*thought[:2], answers[k]]) for k in (better, worse))
         yield {**row, "chosen": chosen, "rejected": rejected}

@@ -107,14 +107,16 @@ def config() -> RecipeConfig:
         reward_model=RewardModelConfig(
             data=PreferenceDataConfig(source=LESSONS + "pairs", num_comparisons=4000, seed=1),
             heldout=PreferenceDataConfig(source=LESSONS + "pairs", split="heldout", num_comparisons=256),
-            steps=120,
+            steps=200,
             batch_size=32,
-            pack=PackConfig(row_tokens=192, microbatch_rows=16, max_segments=8),
-            optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=5),
+            pack=PackConfig(row_tokens=240, microbatch_rows=16, max_segments=8),
+            optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=10),
         ),
         checkpoint=CheckpointConfig(every=100, keep=1, export_hf=False),
     )
-    chat = replace(lesson_rl("chat", steps=40), loss=GrpoLossConfig(kl_coef=0.01))
+    # Scores of a reward model that hardly differ would be blown up by their standard deviation.
+    plain = AdvantageConfig(normalize_std=False)
+    chat = replace(lesson_rl("chat", steps=40), advantage=plain, loss=GrpoLossConfig(kl_coef=0.01))
     scored = RewardConfig(num_workers=1, format="think", model=SCORER)
     held_out = PromptConfig(
         source=LESSONS + "math", split="heldout", num_prompts=512, seed=2, max_prompt_tokens=PROMPT_TOKENS

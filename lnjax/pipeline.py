@@ -70,6 +70,7 @@ def run(c: RecipeConfig, run_dir: Path, *, watchdog: Watchdog, notice: Notice) -
         print(f"stage {number}/{len(runs)} {config.name}: {'done before' if before else 'running'}", flush=True)
         done.append(before or _do(c, stage, config, folder, watchdog=watchdog, notice=notice))
     measures = resolve(c.eval, {x.name: run_dir / x.name for x in runs}, where=f"eval of {c.name}")
+    of = digest_of(dataclasses.asdict(measures), *map(config_hash, runs))
     stages: list[dict[str, Any]] = []
     figures: Figures = {}
     for stage, config, summary in zip(c.stages, runs, done, strict=True):
@@ -77,7 +78,7 @@ def run(c: RecipeConfig, run_dir: Path, *, watchdog: Watchdog, notice: Notice) -
         if stage.is_policy:
             print(f"evaluating {config.name}", flush=True)
             with watchdog.phase(f"evaluate {config.name}"):
-                figures = evaluate(measures, config, run_dir / config.name)
+                figures = evaluate(measures, config, run_dir / config.name, of=of)
         elif stage.does == "pass_rates":
             own = {"pass_rate": summary["pass_rate"]}
         elif "reward_model" in summary["eval"]:
@@ -94,9 +95,9 @@ def run(c: RecipeConfig, run_dir: Path, *, watchdog: Watchdog, notice: Notice) -
     return found
 
 
-def evaluate(c: RecipeEvalConfig, config: RunConfig, folder: Path) -> Figures:
-    """The figures of the policy that a run left in its folder; kept there in eval.json."""
-    out, of = folder / "eval.json", digest_of(dataclasses.asdict(c), config_hash(config))
+def evaluate(c: RecipeEvalConfig, config: RunConfig, folder: Path, *, of: str) -> Figures:
+    """The figures of the policy that a run left in its folder; kept there in eval.json, where `of` says what they depend on."""
+    out = folder / "eval.json"
     before = _read(out)
     if before and before["of"] == of:
         return before["figures"]

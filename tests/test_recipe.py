@@ -151,7 +151,7 @@ class Fake:
         self.calls.append(f"{c.name} {num_samples}")
         return [{"pass_rate": 0.25}, {"pass_rate": 0.75}]
 
-    def evaluate(self, c, config, folder):
+    def evaluate(self, c, config, folder, *, of):
         self.calls.append(f"eval {config.name}")
         assert c.reward.model.source == str(folder.parent / "reward_model")
         mean = {"sft": 0.4, "grpo": 0.8, "if_rl": 0.6, "chat_rl": 0.6}[config.name]
@@ -249,14 +249,7 @@ def test_every_instruction_and_every_pair_can_be_followed_and_need_not_be():
 def test_pairs_prefer_kind_and_true_to_bare_to_none_to_untrue():
     found = [(row["chosen"], row["rejected"]) for row in _lessons.pairs(200, seed=0, split="train")]
     kinds = {tuple("kind" if "glad" in x else "none" if "no idea" in x else "bare" for x in pair) for pair in found}
-    assert kinds == {
-        ("kind", "bare"),
-        ("kind", "none"),
-        ("kind", "kind"),
-        ("bare", "none"),
-        ("bare", "kind"),
-        ("none", "kind"),
-    }
+    assert kinds == {("kind", "bare"), ("kind", "none"), ("bare", "none"), ("bare", "bare"), ("none", "bare")}
 
 
 def test_a_school_has_all_three_kinds():
