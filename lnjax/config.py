@@ -19,19 +19,12 @@ import tyro
 from lnjax.errors import ConfigError
 from lnjax.proxy import proxy
 from lnjax.schema import RunConfig, VllmConfig
-from lnjax.stages import check_stages
+from lnjax.stages import STAGES, check_stages
 
 MARKS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
 FREE_ON_RESUME = (
-    *(
-        "sft.steps",
-        "preference.steps",
-        "grpo.steps",
-        "reward_model.steps",
-        "checkpoint.every",
-        "checkpoint.keep",
-        "checkpoint.export_hf",
-    ),
+    *(f"{name}.steps" for name in STAGES),
+    *("checkpoint.every", "checkpoint.keep", "checkpoint.export_hf"),
     *("mesh.data", "mesh.fsdp", "mesh.tensor"),  # a checkpoint restores on any mesh
     "profile",
     *("cluster.start_deadline_s", "cluster.heartbeat_s", "cluster.step_deadline_s"),
@@ -68,8 +61,9 @@ def config_names() -> list[str]:
     return sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
 
 
-def load_config(name: str) -> RunConfig:
-    """`configs/NAME.py`, or a path to a .py file with a function config(). Raises ConfigError with the nearest name."""
+def read_config(name: str) -> Any:
+    """What `configs/NAME.py`, or a path to a .py file with a function config(), returns. Raises ConfigError with the nearest
+    name."""
     path = Path(name) if name.endswith(".py") else _configs_folder() / f"{name}.py"
     if not path.is_file():
         raise ConfigError(f"no config {name!r}{nearest(name, config_names())}; there are {', '.join(config_names())}")
@@ -79,9 +73,14 @@ def load_config(name: str) -> RunConfig:
     found.loader.exec_module(module)
     if not hasattr(module, "config"):
         raise ConfigError(f"{path}: no function config(); it must return a RunConfig")
-    config = module.config()
+    return module.config()
+
+
+def load_config(name: str) -> RunConfig:
+    """The config of one run by its name. Raises ConfigError for another kind, and as `read_config` does."""
+    config = read_config(name)
     if not isinstance(config, RunConfig):
-        raise ConfigError(f"{path}: config() returned {type(config).__name__}, expected RunConfig")
+        raise ConfigError(f"{name}: config() returned {type(config).__name__}, expected RunConfig")
     return config
 
 

@@ -1,5 +1,8 @@
 """python -m lnjax.launch --config NAME [--run-dir DIR] [--dry-run] [--proxy] [--slurm KEY=VALUE ... [--print]]
-[--any.key value]"""
+[--any.key value]
+
+NAME may be a recipe of several runs: [--run-dir DIR] [--dry-run] [--STAGE.any.key value].
+"""
 
 import errno
 import os
@@ -15,6 +18,7 @@ from lnjax.distributed import Place
 from lnjax.errors import LnjaxError, Stopped
 from lnjax.profile import PROFILING
 from lnjax.proxy import ENVIRONMENT
+from lnjax.recipe import RecipeJob, parse_recipe, render_recipe
 
 
 def main(argv: list[str]) -> int:
@@ -22,14 +26,13 @@ def main(argv: list[str]) -> int:
     status, why = 0, ""
     place, watchdog, notice = Place(), None, None
     try:
-        place, job = distributed.find_place(os.environ), parse(argv)
+        place, job = distributed.find_place(os.environ), parse_recipe(argv) or parse(argv)
         console = Console(soft_wrap=True, quiet=place.rank > 0)
-        if job.slurm is not None:
+        if isinstance(job, Job) and job.slurm is not None:
             print(slurm.submit(job, options=slurm.parse_options(job.slurm), print_only=job.print_only))
             return 0
-        console.print(render(job.config), highlight=False, markup=False)
-        console.print(f"config {job.config.name} {config_hash(job.config)} -> {job.run_dir}", highlight=False)
-        if job.proxy:
+        console.print(_describe(job), highlight=False, markup=False)
+        if isinstance(job, Job) and job.proxy:
             flags = f"{os.environ.get('XLA_FLAGS', '')} {ENVIRONMENT['XLA_FLAGS']}"
             os.environ |= {**ENVIRONMENT, "XLA_FLAGS": flags.strip()}
         if job.config.profile:
@@ -82,9 +85,23 @@ def _explain(error: BaseException) -> tuple[int, str]:
     return 1, f"{type(error).__name__}: {line}"
 
 
-def _work(job: Job, console: Console, watchdog: Watchdog | None, notice: Notice | None) -> None:
-    from lnjax import train  # noqa: PLC0415 - jax takes seconds to import; the config is on screen meanwhile
+def _describe(job: Job | RecipeJob) -> str:
+    if isinstance(job, RecipeJob):
+        return render_recipe(job)
+    return f"{render(job.config)}\nconfig {job.config.name} {config_hash(job.config)} -> {job.run_dir}"
 
+
+def _work(job: Job | RecipeJob, console: Console, watchdog: Watchdog | None, notice: Notice | None) -> None:
+    from lnjax import pipeline, train  # noqa: PLC0415 - jax takes seconds to import; the config is on screen meanwhile
+
+    if isinstance(job, RecipeJob):
+        if watchdog is None or notice is None:
+            console.print(pipeline.check(job.config, job.run_dir), highlight=False)
+            return
+        found = pipeline.run(job.config, job.run_dir, watchdog=watchdog, notice=notice)
+        console.print("\n".join(found["table"]), highlight=False, markup=False)
+        console.print(f"wrote {job.run_dir}/summary.json, table.md, report.html", highlight=False)
+        return
     if watchdog is None or notice is None:
         console.print(train.check(job.config, job.run_dir), highlight=False)
         return

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-from lnjax.config import Job, parse
+from lnjax.config import parse
 from lnjax.data.curriculum import batch_centre, curriculum_order, target_shares
+from lnjax.data.rows import Row
 from lnjax.data.streams import build_prompt_stream, prompt_rows
 from lnjax.errors import ConfigError, LnjaxError
 from lnjax.sampler import digest_of, finished_rows, open_sampler
-from lnjax.schema import CurriculumConfig
+from lnjax.schema import CurriculumConfig, RunConfig
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -30,25 +31,24 @@ from matplotlib import pyplot as plt
 PASSRATE_SEED = 2**31 + 1  # apart from every rl_step and from evaluation
 
 
-def measure(job: Job, options: argparse.Namespace) -> None:
-    """Fill the file, draw the picture. Raises DataError for a file of another model, config or data."""
-    c, g = job.config, job.config.grpo
+def measure(c: RunConfig, run_dir: Path, *, out: Path, num_samples: int) -> list[Row]:
+    """Fill the file, draw the picture; the file's rows. Raises DataError for a file of another model, config or data."""
+    g = c.grpo
     if g is None:
         raise ConfigError(f"{c.name} has no grpo stage, whose prompts are what is measured; use a config that has one")
-    out = options.out or job.run_dir / "pass_rates.jsonl"
     rows = [row for _, row in prompt_rows(g.prompts)]
     judge = c.reward.judge and c.reward.judge.model
     config = digest_of(asdict(g.prompts), asdict(g.sampling), c.reward.format, judge, c.engine.dtype, c.seed, rows)
-    measured = {"model": c.model.source, "config": config, "samples": options.samples}
+    measured = {"model": c.model.source, "config": config, "samples": num_samples}
     finished_rows(out, measured=measured)  # a refusal need not wait for weights
-    with open_sampler(c, folder=job.run_dir / "passrate") as s:
+    with open_sampler(c, folder=run_dir / "passrate") as s:
         out.parent.mkdir(parents=True, exist_ok=True)
         found = s.measure(
             build_prompt_stream(g.prompts, s.built.tokenizer).prompts,
             rows,
             out=out,
             config=config,
-            num_samples=options.samples,
+            num_samples=num_samples,
             sampling=s.built.sampling(g.sampling),
             seed=PASSRATE_SEED,
             chunk=g.prompts_per_step,
@@ -59,6 +59,7 @@ def measure(job: Job, options: argparse.Namespace) -> None:
     print(f"{len(rates)} prompts, mean pass rate {sum(rates) / len(rates):.3f}; {easy} at or above {order.drop_at:g}")
     drawn = plot_curriculum(rates, batch_size=g.prompts_per_step, c=order, seed=g.prompts.seed, target=picture)
     print(f"wrote {out}" + (f", {picture}" if drawn else "; too few prompts for one batch of a curriculum"))
+    return found
 
 
 def plot_curriculum(rates: Sequence[float], *, batch_size: int, c: CurriculumConfig, seed: int, target: Path) -> bool:
@@ -101,7 +102,8 @@ def main(argv: Sequence[str]) -> int:
         if options.model:
             model = replace(job.config.model, source=options.model, spec=None, tokenizer="same")
             job = replace(job, config=replace(job.config, model=model))
-        measure(job, options)
+        out = options.out or job.run_dir / "pass_rates.jsonl"
+        measure(job.config, job.run_dir, out=out, num_samples=options.samples)
         return 0
     except LnjaxError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -181,7 +181,8 @@ class RewardConfig:
 class PromptConfig:
     source: str
     """`arithmetic`, `ifeval` (generated instruction-following prompts), `ifeval_combined` (1 to 10 of all 25 instructions
-    each), `reasoning_gym:TASK`, or a .jsonl file in the Llama-Nemotron RL schema."""
+    each), `reasoning_gym:TASK`, `python:MODULE:FUNCTION` (a generator of your own: lnjax/data/rows.py), or a .jsonl file in
+    the Llama-Nemotron RL schema."""
     split: Literal["train", "heldout"] = "train"
     """Disjoint halves of generated sources. A .jsonl file is what it is."""
     num_prompts: int = 0
@@ -235,7 +236,7 @@ class CheckpointConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SftDataConfig:
     source: str
-    """`arithmetic` or a .jsonl file in the Llama-Nemotron SFT schema."""
+    """`arithmetic`, `python:MODULE:FUNCTION` or a .jsonl file in the Llama-Nemotron SFT schema."""
     num_examples: int = 0
     """Of generated sources; 0: all of a file."""
     seed: int = 0

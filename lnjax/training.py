@@ -44,8 +44,9 @@ class PackConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreferenceDataConfig:
     source: str
-    """`arithmetic` (generated: right against wrong answers), or a .jsonl file: HelpSteer2 or HelpSteer3 as published, or rows
-    of the SFT schema with `chosen` and `rejected` in place of `output` (and `chosen_reward`, `rejected_reward`)."""
+    """`arithmetic` (generated: right against wrong answers), `python:MODULE:FUNCTION`, or a .jsonl file: HelpSteer2 or
+    HelpSteer3 as published, or rows of the SFT schema with `chosen` and `rejected` in place of `output` (and `chosen_reward`,
+    `rejected_reward`)."""
     split: Literal["train", "heldout"] = "train"
     """Disjoint halves of the generated source. A .jsonl file is what it is."""
     num_comparisons: int = 0

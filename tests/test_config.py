@@ -12,18 +12,20 @@ from lnjax.config import (
     flat,
     load_config,
     parse,
+    read_config,
     save_config,
     to_dict,
     validate,
 )
 from lnjax.errors import ConfigError
 from lnjax.models.family import family
+from lnjax.recipe import RecipeConfig, check_recipe
 
 
 @pytest.mark.parametrize("name", config_names())
 def test_every_shipped_config_loads_and_validates(name):
-    config = load_config(name)
-    validate(config)
+    config = read_config(name)
+    check_recipe(config) if isinstance(config, RecipeConfig) else validate(config)
     assert config.name == name
 
 

@@ -28,13 +28,13 @@ def arithmetic_rows(*, num_rows: int, seed: int, split: str) -> list[Row]:
         problem = f"{a}{sign}{b}"
         if problem in rows or _split(problem) != split:
             continue
-        work, answer = (_add(a, b), str(a + b)) if sign == "+" else (_subtract(a, b), str(a - b))
+        answer = str(a + b if sign == "+" else a - b)
         said = f"it is {answer}." if unit(f"style/{problem}") < SENTENCE_SHARE else answer
         direct = unit(f"mode/{problem}") < DIRECT_SHARE
         mode = "off" if direct else "on"
         rows[problem] = {
             "input": [{"role": "user", "content": f"{problem}=?"}],
-            "output": said if direct else f"<think>{work}</think>{said}",
+            "output": said if direct else f"<think>{worked(a, sign, b)}</think>{said}",
             "args": {"verifier": "integer", "answer": answer},
             "category": "math",
             "reasoning": mode,
@@ -64,6 +64,11 @@ def _problems(rng: random.Random) -> Iterator[tuple[int, str, int]]:
             yield a, "+", b
         else:
             yield max(a, b), "-", min(a, b)
+
+
+def worked(a: int, sign: str, b: int) -> str:
+    """The sum column by column, ones first."""
+    return _add(a, b) if sign == "+" else _subtract(a, b)
 
 
 def _add(a: int, b: int) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from lnjax.data.arithmetic import arithmetic_rows, unit
 from lnjax.data.chat import supervised
 from lnjax.data.packing import microbatches, pack, shared_tokens
-from lnjax.data.rows import Row, messages_of, read_jsonl
+from lnjax.data.rows import PYTHON, Row, messages_of, read_jsonl, rows_of_function
 from lnjax.data.streams import ShuffledStream
 from lnjax.data.tokenizer import Tokenizer
 from lnjax.errors import ConfigError, DataError
@@ -43,10 +43,14 @@ def build_comparisons(
         if c.num_comparisons < 1 or regression:
             raise ConfigError("the generated source `arithmetic` needs num_comparisons and has pairs only, no ratings")
         rows = arithmetic_pairs(c.num_comparisons, seed=c.seed, split=c.split)
+    elif c.source.startswith(PYTHON):
+        rows = rows_of_function(c.source, num_rows=c.num_comparisons, seed=c.seed, split=c.split)
     elif c.source.endswith(".jsonl"):
         rows = read_jsonl(Path(c.source))
     else:
-        raise ConfigError(f"unknown source of preferences {c.source!r}; use `arithmetic` or a .jsonl file")
+        raise ConfigError(
+            f"unknown source of preferences {c.source!r}; use `arithmetic`, `{PYTHON}MODULE:FUNCTION` or a .jsonl file"
+        )
     found = []
     with progress(f"comparisons of {c.source}", total=c.num_comparisons, unit="comparisons") as advance:
         judged = itertools.islice(_judged(rows, regression=regression), c.num_comparisons or None)

@@ -1,5 +1,6 @@
 """Rows in the Llama-Nemotron post-training schema: {input, output | args, system_prompt, reasoning, …}."""
 
+import importlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any
 from lnjax.data.chat import check_roles, prompt_ids, supervised
 from lnjax.data.tokenizer import Tokenizer
 from lnjax.data.tools import tools_of, with_tools
-from lnjax.errors import DataError
+from lnjax.errors import ConfigError, DataError
 from lnjax.types import Prompt, Sample
 
 Row = Mapping[str, Any]
+PYTHON = "python:"
+"""Begins a source that a Python function generates."""
 SWITCH = {"on": "detailed thinking on", "off": "detailed thinking off"}
 """System prompts of the reasoning switch (arXiv 2505.00949, section 4)."""
 
@@ -36,6 +39,19 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
             yield where, row
     if not found:
         raise DataError(f"{path}: no rows; expected one JSON object a line")
+
+
+def rows_of_function(source: str, *, num_rows: int, seed: int, split: str) -> list[tuple[str, Row]]:
+    """(name, row) of what the function of `python:MODULE:FUNCTION` returns for (num_rows, seed=, split=): rows that are the
+    same for the same arguments, and none in both splits. Raises ConfigError for one that is not there, or no number."""
+    if num_rows < 1:
+        raise ConfigError(f"the generated source {source!r} needs a number of rows, at least 1")
+    module, _, function = source.removeprefix(PYTHON).partition(":")
+    try:
+        made = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{source}: {error}; expected python:MODULE:FUNCTION") from error
+    return [(f"{function}/{split}/{i}", row) for i, row in enumerate(made(num_rows, seed=seed, split=split))]
 
 
 def messages_of(row: Row, *, where: str, system_prompt: str = "") -> Sequence[Mapping[str, Any]]:

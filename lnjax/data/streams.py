@@ -13,7 +13,7 @@ from lnjax.data.arithmetic import arithmetic_rows
 from lnjax.data.curriculum import order_prompts
 from lnjax.data.ifeval_combined import combined_prompts
 from lnjax.data.ifeval_prompts import ifeval_prompts
-from lnjax.data.rows import Row, read_jsonl, to_prompt, to_sample
+from lnjax.data.rows import PYTHON, Row, read_jsonl, rows_of_function, to_prompt, to_sample
 from lnjax.data.tokenizer import Tokenizer
 from lnjax.errors import ConfigError, DataError
 from lnjax.metrics import progress
@@ -126,6 +126,8 @@ def build_sft_stream(c: SftConfig, tokenizer: Tokenizer, *, seed: int) -> SftStr
         rows = _named(
             "arithmetic/train", arithmetic_rows(num_rows=c.data.num_examples, seed=c.data.seed, split="train")
         )
+    elif c.data.source.startswith(PYTHON):
+        rows = rows_of_function(c.data.source, num_rows=c.data.num_examples, seed=c.data.seed, split="train")
     else:
         rows = _file_rows(c.data.source, limit=c.data.num_examples)
     with progress(f"examples of {c.data.source}", total=len(rows), unit="examples") as advance:
@@ -148,6 +150,8 @@ def prompt_rows(c: PromptConfig) -> list[tuple[str, Row]]:
         return _named(name, ifeval_prompts(c.num_prompts, seed=c.seed, split=c.split))
     if c.source == "ifeval_combined":
         return _named(name, combined_prompts(c.num_prompts, seed=c.seed, split=c.split))
+    if c.source.startswith(PYTHON):
+        return rows_of_function(c.source, num_rows=c.num_prompts, seed=c.seed, split=c.split)
     if c.source.startswith(REASONING_GYM):
         return _named(name, _reasoning_gym_rows(c))
     return _file_rows(c.source, limit=c.num_prompts)
@@ -161,7 +165,7 @@ def _file_rows(source: str, *, limit: int) -> list[tuple[str, Row]]:
     if not source.endswith(".jsonl"):
         raise ConfigError(
             f"unknown data source {source!r}; use `arithmetic`, `ifeval`, `ifeval_combined`, "
-            f"`{REASONING_GYM}TASK` or a .jsonl file"
+            f"`{REASONING_GYM}TASK`, `{PYTHON}MODULE:FUNCTION` or a .jsonl file"
         )
     rows = []
     for item in read_jsonl(Path(source)):

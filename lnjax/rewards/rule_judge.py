@@ -24,6 +24,7 @@ def judge(content: str) -> str:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # connections stay open
+    wbufsize = -1  # one packet a reply: on a connection that stays open a second one waits for a delayed ACK
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
