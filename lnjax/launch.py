@@ -32,11 +32,10 @@ def main(argv: list[str]) -> int:
             print(slurm.submit(job, options=slurm.parse_options(job.slurm), print_only=job.print_only))
             return 0
         console.print(_describe(job), highlight=False, markup=False)
-        if isinstance(job, Job) and job.proxy:
-            flags = f"{os.environ.get('XLA_FLAGS', '')} {ENVIRONMENT['XLA_FLAGS']}"
-            os.environ |= {**ENVIRONMENT, "XLA_FLAGS": flags.strip()}
-        if job.config.profile:
-            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PROFILING}"
+        if isinstance(job, Job):
+            flags = [os.environ.get("XLA_FLAGS", "")]
+            flags += [PROFILING] * bool(job.config.profile) + [ENVIRONMENT["XLA_FLAGS"]] * job.proxy
+            os.environ |= {**(ENVIRONMENT if job.proxy else {}), "XLA_FLAGS": " ".join(flags).strip()}
         if not job.dry_run:
             watchdog, notice = Watchdog(place, run_dir=job.run_dir, c=job.config.cluster), Notice(place)
         distributed.start(place, c=job.config.cluster)
