@@ -61,7 +61,7 @@ def proxy(c: RunConfig) -> RunConfig:
     )
     held_out = None
     if c.eval:
-        prompts = _prompts(c.eval.prompts, source=source, num_prompts=4 * PROMPTS)
+        prompts = _prompts(c.eval.prompts, source=source, num_prompts=16 * PROMPTS)
         sampling = replace(c.eval.sampling, max_new_tokens=LENGTHS[source][1])
         held_out = replace(c.eval, prompts=replace(prompts, split="heldout"), num_samples=1, sampling=sampling)
     judge = replace(c.reward.judge, address="rule") if c.reward.judge else None
