@@ -18,7 +18,10 @@ if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
 import jax
 import pytest
 
+from lnjax.models import decoder
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
+decoder.UNROLL["cpu"] = 1  # unrolled layers take longer to compile than tests take to run them
 
 
 @pytest.fixture(scope="session")
