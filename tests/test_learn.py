@@ -242,6 +242,7 @@ def on_one_device(make_model):
     return train(make_model(nemotron()), nemotron())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [MeshConfig(fsdp=4, tensor=2), MeshConfig(fsdp=8)], ids=["fsdp4-tensor2", "fsdp8"])
 def test_eight_devices_train_like_one(make_model, mesh, on_one_device):
     losses, params = train(make_model(nemotron(), mesh=mesh, devices=8), nemotron())

@@ -205,6 +205,7 @@ def test_packed_pairs_share_their_prompt_and_lie_in_one_row(tmp_path):
     assert sum(x.real_BP.sum() for x in batches) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_spec", [llama, nemotron])
 def test_a_reward_model_reads_the_last_token_whatever_else_is_in_the_row(make_model, tmp_path, make_spec):
     _, items, _ = comparisons(tmp_path / "x.jsonl", HELPSTEER3[:2] + OURS)

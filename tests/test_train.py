@@ -167,6 +167,7 @@ def test_kill_9_at_ten_random_moments_changes_nothing(finished, tmp_path):
         assert ours["eval"] == whole["eval"]
 
 
+@pytest.mark.slow
 def test_more_steps_go_on_where_the_run_ended(finished, tmp_path):
     import shutil
 
@@ -181,6 +182,7 @@ def test_more_steps_go_on_where_the_run_ended(finished, tmp_path):
     assert len(rollouts(folder)) == 24
 
 
+@pytest.mark.slow
 def test_the_trained_weights_start_another_run(finished, tmp_path):
     for source in (finished, finished / "hf"):
         words = [

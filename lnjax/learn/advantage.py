@@ -6,6 +6,9 @@ import numpy as np
 
 from lnjax.schema import AdvantageConfig
 
+SAME = 1e-6
+"""Rewards in [0, 1] that spread no further are equal but for rounding (a reward model's, of one text in two places)."""
+
 
 def group_advantages(rewards_G: Sequence[float], finished_G: Sequence[bool], *, c: AdvantageConfig) -> np.ndarray:
     """Advantages [G] float64 of one group.
@@ -30,7 +33,7 @@ def group_advantages(rewards_G: Sequence[float], finished_G: Sequence[bool], *, 
         advantages[i] = reward - base.mean()
         if c.normalize_std:
             std = base.std(ddof=1) if len(base) > 1 else 0.0
-            if std > 1e-8:
+            if std > SAME:
                 advantages[i] /= std
     if c.overlong_filter:
         advantages[~finished] = 0.0
