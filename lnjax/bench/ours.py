@@ -192,6 +192,7 @@ def _greedy(engine: EmbeddedEngine, prompts: list[Prompt]) -> dict[str, Any]:
 def reinforce(w: Work) -> Side:
     """One whole GRPO iteration: sample, reward, credit, pack, update, publish."""
     s, model, prompts = w.shape, w.model(), _prompts(w)
+    group = s.prompt_tokens + s.samples * (s.new_tokens + 1)  # a row holds a prompt and all its completions
     c = GrpoConfig(
         prompts=PromptConfig(source="bench"),
         prompts_per_step=s.prompts,
@@ -199,7 +200,7 @@ def reinforce(w: Work) -> Side:
         steps=10**6,
         sampling=SamplingConfig(max_new_tokens=s.new_tokens),
         advantage=AdvantageConfig(baseline="group_mean"),
-        pack=PackConfig(row_tokens=s.row_tokens, microbatch_rows=s.microbatch_rows),
+        pack=PackConfig(row_tokens=-(-group // 128) * 128, microbatch_rows=1),
         optimizer=w.optimizer(),
     )
     engine, updater = _engine(w, model, slots=s.prompts * s.samples), grpo.build_updater(model, c, dtype=jnp.float32)
