@@ -46,6 +46,11 @@ def make_mesh(c: MeshConfig, *, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def platform(mesh: Mesh) -> str:
+    """`cpu` or `gpu`: of the devices that the mesh is of, which need not be here."""
+    return mesh.devices.flat[0].platform
+
+
 def partition(*logical: str | None) -> PartitionSpec:
     """PartitionSpec of an array whose dims carry these logical axes."""
     return PartitionSpec(*(RULES[name] for name in logical))

@@ -22,7 +22,9 @@ PROFILING = "--xla_gpu_enable_command_buffer="
 
 
 def parse_steps(text: str) -> range:
-    """`steps=5..8` or `steps=5`: steps 5 to 8 of every stage. Raises ConfigError."""
+    """`steps=5..8` or `steps=5`: steps 5 to 8 of every stage; empty: none. Raises ConfigError."""
+    if not text:
+        return range(0)
     found = re.fullmatch(r"steps=(\d+)(?:\.\.(\d+))?", text)
     first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if not 1 <= first <= last:
@@ -33,8 +35,8 @@ def parse_steps(text: str) -> range:
 class Profile:
     """`begin(name, step)` as each step begins, `close` at the end; traces the steps asked for."""
 
-    def __init__(self, text: str, folder: Path):
-        self._steps, self._folder, self._name = parse_steps(text) if text else range(0), folder, ""
+    def __init__(self, steps: range, folder: Path):
+        self._steps, self._folder, self._name = steps, folder, ""
 
     def begin(self, name: str, step: int) -> None:
         if self._name and (step not in self._steps or name != self._name):

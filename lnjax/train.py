@@ -20,7 +20,7 @@ from lnjax.evaluate import EvalResult, evaluate
 from lnjax.fit import check_fits
 from lnjax.metrics import MetricsLog, peak_memory_bytes, write_json
 from lnjax.models.hf import hf_config
-from lnjax.profile import Profile
+from lnjax.profile import Profile, parse_steps
 from lnjax.record import RolloutRecord
 from lnjax.report.curve import plot_run
 from lnjax.report.page import write_page
@@ -36,6 +36,7 @@ LOOPS: dict[str, Any] = {"sft": sft, "preference": preference, "grpo": grpo, "re
 def check(c: RunConfig, run_dir: Path) -> str:
     """Validate all that can be without training: files, tokenizer, template, data, mesh, shapes. Returns a report."""
     check_fits(c)
+    parse_steps(c.profile)
     b = build(c, run_dir)
     lint_template(b.tokenizer)
     lines = [
@@ -57,6 +58,7 @@ def run(c: RunConfig, run_dir: Path, *, watchdog: Watchdog, notice: Notice) -> d
     Every process runs this same code; process 0 alone writes what is not a checkpoint, and decides where to begin.
     """
     check_fits(c)
+    steps = parse_steps(c.profile)
     first = jax.process_index() == 0
     b = build(c, run_dir)
     lint_template(b.tokenizer)
@@ -91,10 +93,8 @@ def run(c: RunConfig, run_dir: Path, *, watchdog: Watchdog, notice: Notice) -> d
         if saved:
             log.note(f"resuming {run_dir} from checkpoint {latest}: {saved['stage']} step {saved['step']}")
         r = Resources(log, store, engine, reward, publisher, streams, record)
-        profile = Profile(c.profile if first else "", run_dir / "profile")
-        stack.callback(profile.close)
-        params, evals = _run_stages(b, r, saved=saved, watchdog=watchdog, notice=notice, profile=profile)
-        profile.close()
+        with contextlib.closing(Profile(steps if first else range(0), run_dir / "profile")) as profile:
+            params, evals = _run_stages(b, r, saved=saved, watchdog=watchdog, notice=notice, profile=profile)
         store.wait()
         if c.checkpoint.export_hf:
             with watchdog.phase("export"):

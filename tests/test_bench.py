@@ -40,6 +40,13 @@ def test_an_unknown_shape_names_those_that_there_are(capsys):
     assert "no shape 'huge'; use one of micro, tiny, smollm2" in capsys.readouterr().err
 
 
+def test_an_arm_that_is_not_there_is_named(capsys):
+    assert main(["grpo", "--shape", "micro", "--arms", "vllm"]) == 2
+    assert "grpo has no arm 'vllm'; use --arms default or none" in capsys.readouterr().err
+    assert main(["sft", "--shape", "micro", "--python", "no/such/python"]) == 2
+    assert "no no/such/python; build it with" in capsys.readouterr().err
+
+
 def run(*words):
     command = [sys.executable, "-m", "lnjax.bench", *words, "--shape", "micro", "--rounds", "2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

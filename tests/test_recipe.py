@@ -161,7 +161,7 @@ class Fake:
 def play(tmp_path, c=None):
     watchdog = Watchdog(Place(), run_dir=tmp_path, c=tiny_recipe.config().cluster)
     try:
-        return pipeline.run(c or tiny_recipe.config(), tmp_path, watchdog=watchdog, notice=SimpleNamespace())  # type: ignore[arg-type]
+        return pipeline.run(c or tiny_recipe.config(), tmp_path, watchdog=watchdog, notice=SimpleNamespace())
     finally:
         watchdog.close(0)
 

@@ -7,8 +7,10 @@ printed. `ratio` is their time over ours.
 """
 
 import argparse
+import dataclasses
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -32,7 +34,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from rich.console import Console
 
-from lnjax.bench import ours
 from lnjax.bench.ours import CASES, GREEDY, RATE, Side, Work
 from lnjax.bench.shapes import NUM_BATCHES, Shape, shape
 from lnjax.errors import ConfigError, LnjaxError
@@ -48,6 +49,11 @@ TOKEN_MARGIN = {"float32": 0.02, "bfloat16": 0.25}
 """Share of greedy tokens that may differ: random weights have near ties."""
 MATMUL = {"cpu": 2048, "gpu": 8192}
 PROBE_REPEATS = 5
+TOLD = (
+    *("dtype", "remat", "row_tokens", "microbatch_rows", "padded_rows"),
+    *("prompts", "samples", "prompt_tokens", "new_tokens"),
+)
+"""Fields of the shape that the other side reads."""
 
 
 class Arm:
@@ -83,6 +89,17 @@ class Arm:
         return json.loads(line)
 
 
+def arm_names(text: str, *, case: str, python: str) -> list[str]:
+    """Raises ConfigError for an arm that the case does not have, or no Python to run it with."""
+    names = [] if text == "none" else text.split(",")
+    known = {"grpo": ["default"], "decode": ["default", "steelman", "vllm"]}.get(case, ["default", "steelman"])
+    if other := [name for name in names if name not in known]:
+        raise ConfigError(f"bench: {case} has no arm {other[0]!r}; use --arms {','.join(known)} or none")
+    if names and shutil.which(python) is None:
+        raise ConfigError(f"bench: no {python}; build it with `bash launch/rollout_env.sh`, or give --python")
+    return names
+
+
 def settings_of(s: Shape) -> dict[str, Any]:
     """What the other side must know of the shape."""
     block = s.spec.blocks[0]
@@ -93,22 +110,7 @@ def settings_of(s: Shape) -> dict[str, Any]:
         "ffn": block.ffn.width if block.ffn else 0,
         "num_kv_heads": block.attention.num_kv_heads if block.attention else 0,
         **{name: getattr(s.spec, name) for name in ("d_model", "vocab_size", "num_heads", "head_dim")},
-        **{
-            name: getattr(s, name)
-            for name in (
-                [
-                    "dtype",
-                    "remat",
-                    "row_tokens",
-                    "microbatch_rows",
-                    "padded_rows",
-                    "prompts",
-                    "samples",
-                    "prompt_tokens",
-                    "new_tokens",
-                ]
-            )
-        },
+        **{name: getattr(s, name) for name in TOLD},
     }
 
 
@@ -229,7 +231,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", choices=CASES)
     parser.add_argument("--shape", required=True)
-    parser.add_argument("--arms", default="default,steelman", help="default, steelman, vllm (decode), or none")
+    parser.add_argument("--arms", help="some of default, steelman, vllm, or none")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--matmul", choices=("xla", "fp8"), default="xla")
     parser.add_argument("--attention", choices=("xla", "cudnn"), default="cudnn" if on_gpu else "xla")
@@ -241,15 +243,20 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     console, arms = Console(stderr=True, soft_wrap=True), []
     try:
+        names = arm_names(
+            options.arms or ("default" if options.case == "grpo" else "default,steelman"),
+            case=options.case,
+            python=options.python,
+        )
         ops = OpsConfig(matmul=options.matmul, attention=options.attention)
         check_ops(ops)
         s = shape(options.shape)
         if options.remat:
-            s = ours.dataclasses.replace(s, remat=options.remat)
+            s = dataclasses.replace(s, remat=options.remat)
         with tempfile.TemporaryDirectory(prefix="lnjax-bench-") as folder:
-            w = Work(s, ops, Path(folder), dense=options.case == "sft-dense", shared=options.arms != "none")
+            w = Work(s, ops, Path(folder), dense=options.case == "sft-dense", shared=bool(names))
             side = CASES[options.case](w)
-            for name in [] if options.arms == "none" else options.arms.split(","):
+            for name in names:
                 console.print(f"starting {name}")
                 arms.append(
                     Arm(name, python=options.python, case=options.case, folder=w.folder, settings=settings_of(s))

@@ -19,10 +19,6 @@ from lnjax.checkpoint.hf import save_hf
 from lnjax.data.packing import microbatches
 from lnjax.mesh import make_mesh, put_rows
 from lnjax.models.decoder import Model, rope_tables
-from lnjax.ops.attention import attention_xla
-from lnjax.ops.cudnn import attention_cudnn
-from lnjax.ops.head import head_xla
-from lnjax.ops.matmul import matmul_fp8, matmul_xla
 from lnjax.planner.counts import flops_per_token
 from lnjax.rollout.embedded import EmbeddedEngine
 from lnjax.schema import (
@@ -230,7 +226,7 @@ def reward(x: Completion) -> Score:
 def kernels(w: Work) -> Side:
     """Forward and backward of one layer, the head, and attention alone."""
     s, model = w.shape, w.model()
-    spec, dtype, mesh = s.spec, jnp.dtype(s.dtype), model.compute.ops.mesh
+    spec, dtype = s.spec, jnp.dtype(s.dtype)
     keys, tokens = jax.random.split(jax.random.key(w.seed), 8), s.microbatch_rows * s.row_tokens
     heads, kv = spec.num_heads, spec.blocks[0].attention.num_kv_heads if spec.blocks[0].attention else 1
     shape = (s.microbatch_rows, s.row_tokens)
@@ -242,22 +238,19 @@ def kernels(w: Work) -> Side:
         for key, n in zip(keys[3:6], (heads, kv, kv), strict=True)
     )
     ones, params = jnp.ones(shape, jnp.int32), model.init_params(keys[6], dtype=dtype)
-    attend = attention_cudnn if w.ops.attention == "cudnn" else attention_xla
-    product = matmul_fp8 if w.ops.matmul == "fp8" else matmul_xla
+    ops = model.compute.ops
 
     def layer(params, x):
         return _one_layer(model, params, x, ones).astype(jnp.float32).mean()
 
     def head(x, table):
-        return head_xla(x, table, ids[:1], mesh=mesh).logprobs_BT.mean()
+        return ops.head(x, table, ids[:1], temperature=1.0, wanted_BT=None).logprobs_BT.mean()
 
     runs = {
-        "matmul": (jax.jit(product), (x.reshape(-1, spec.d_model), params["runs"]["0"]["ffn"]["gate"][0])),
-        "attention": (jax.jit(lambda q, k, v: attend(q, k, v, ones, ones, jnp.int32(0))), (q, k, v)),
+        "matmul": (jax.jit(ops.matmul), (x.reshape(-1, spec.d_model), params["runs"]["0"]["ffn"]["gate"][0])),
+        "attention": (jax.jit(lambda q, k, v: ops.attention(q, k, v, ones)), (q, k, v)),
         "attention both": (
-            jax.jit(
-                jax.grad(lambda q, k, v: attend(q, k, v, ones, ones, jnp.int32(0)).astype(jnp.float32).sum(), (0, 1, 2))
-            ),
+            jax.jit(jax.grad(lambda q, k, v: ops.attention(q, k, v, ones).astype(jnp.float32).sum(), (0, 1, 2))),
             (q, k, v),
         ),
         "head both": (jax.jit(jax.value_and_grad(head, (0, 1))), (x[:1], table)),

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from lnjax.mesh import check_divisible, constrain, positions_axis, sharding
+from lnjax.mesh import check_divisible, constrain, platform, positions_axis, sharding
 from lnjax.models.spec import Run, runs
 from lnjax.ops.embed import embed_xla
 from lnjax.ops.head import HeadOutput
@@ -310,7 +310,7 @@ class Model:
                 return nnx.merge(graph, params_of_layer)(x, rope, attend, c), None
 
             length = len(jax.tree.leaves(layers)[0])
-            unroll = UNROLL[c.ops.mesh.devices.flat[0].platform]
+            unroll = UNROLL[platform(c.ops.mesh)]
             x, _ = jax.lax.scan(_remat(layer, c.remat, length=length), x, layers, unroll=unroll)
         return self.final_norm(params, x)
 
@@ -333,7 +333,7 @@ class Model:
         targets, wanted = (jnp.roll(a, -1, axis=1) for a in (tokens_BT, inner))
         with jax.named_scope("head"):
             out = self.compute.ops.head(x, self.head_weight(params), targets, temperature=temperature, wanted_BT=wanted)
-        return HeadOutput(*(jnp.where(inner, jnp.roll(a, 1, axis=1), 0.0) for a in out))
+        return HeadOutput(*(jnp.roll(a, 1, axis=1) for a in out))
 
     def logits(self, params: Params, tokens_BT: Array) -> Array:
         """[B, T, V] float32 of unpacked rows; for checks on short inputs only."""

@@ -76,9 +76,10 @@ def _mask(q_segments: Array, k_segments: Array, q_rows: Array, k_rows: Array) ->
     return seen & (q_segments[:, None] > 0) & (q_rows[:, None] >= k_rows[None, :])
 
 
-def _needed(q_segments: Array, k_segments: Array, start: Array, *, rows: int, columns: int) -> tuple[Array, Array]:
+def _needed(q_segments: Array, k_segments: Array, start: Array, block: int) -> tuple[Array, Array]:
     """(first, end) tile of keys for each tile of queries, int32 [B, T / rows]: from the first whose documents a query of the
     tile may be of, to the diagonal."""
+    rows, columns = (min(block, x.shape[1]) for x in (q_segments, k_segments))
 
     def span(segments: Array, size: int) -> tuple[Array, Array]:
         number = segments.reshape(segments.shape[0], -1, size) % BRANCH
@@ -152,10 +153,6 @@ def _tiled(q, k, v, q_segments, k_segments, start, block: int, serial: bool) -> 
     return _tiled_fwd(q, k, v, q_segments, k_segments, start, block, serial)[0]
 
 
-def _bounds(q, k, q_segments, k_segments, start, block):
-    return _needed(q_segments, k_segments, start, rows=min(block, q.shape[1]), columns=min(block, k.shape[1]))
-
-
 def _tiled_fwd(q, k, v, q_segments, k_segments, start, block, serial):
     def one(q, k, v, q_segments, k_segments, first, end):
         tiles = _Tiles(q, k, q_segments, k_segments, start, block)
@@ -180,7 +177,7 @@ def _tiled_fwd(q, k, v, q_segments, k_segments, start, block, serial):
         out, lse = jax.lax.map(row, jnp.arange(tiles.num_rows))
         return out.reshape(q.shape), lse
 
-    bounds = _bounds(q, k, q_segments, k_segments, start, block)
+    bounds = _needed(q_segments, k_segments, start, block)
     out, lse = _each(one, (q,), (k, v), (q_segments, k_segments), bounds, serial=serial)
     out = jnp.moveaxis(out, 1, 2)
     return out, (q, k, v, q_segments, k_segments, start, out, lse)
@@ -213,7 +210,7 @@ def _tiled_bwd(block, serial, residuals, g):
         (dk, dv), dq = jax.lax.scan(row, (zeros, zeros), jnp.arange(tiles.num_rows))
         return dq.reshape(q.shape), dk.astype(k.dtype), dv.astype(v.dtype)
 
-    bounds = _bounds(q, k, q_segments, k_segments, start, block)
+    bounds = _needed(q_segments, k_segments, start, block)
     arrays = (q, g, inner), (k, v, jnp.moveaxis(lse, 1, 2)), (q_segments, k_segments)
     found = _each(one, *arrays, bounds, serial=serial)
     return *(jnp.moveaxis(x, 1, 2) for x in found), None, None, None

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from lnjax.mesh import RULES, axis_size, check_divisible, partition, positions_axis
+from lnjax.mesh import RULES, axis_size, check_divisible, partition, platform, positions_axis
 
 LOGITS_BLOCK_BYTES = {"cpu": 64 * 2**20, "gpu": 512 * 2**20}
 """By platform. On a GPU many small blocks wait for memory: each adds to the whole gradient of the hidden states."""
@@ -80,16 +80,20 @@ _head.defvjp(_head_fwd, _head_bwd)
 def _wanted_first(wanted: Array, *, mesh: Mesh) -> tuple[Array, Array, int]:
     """(order [n] of the tokens, number of chunks that hold the wanted ones, tokens of a chunk)."""
     n = wanted.shape[0]
-    most = min(n, CHUNK[mesh.devices.flat[0].platform])
-    chunk = next(size for size in range(most, 0, -1) if n % size == 0)
+    chunk = min(n, CHUNK[platform(mesh)])
     before = jnp.cumsum(wanted) - wanted
     place = jnp.where(wanted > 0, before, wanted.sum() + jnp.arange(n) - before)
     return jnp.zeros_like(place).at[place].set(jnp.arange(n)), -(-wanted.sum() // chunk), chunk
 
 
+def _in_order(x: Array, order: Array, chunk: int) -> Array:
+    """x [n, ...] in that order, filled up with zeros to whole chunks."""
+    return jnp.pad(x[order], [(0, -x.shape[0] % chunk), *((0, 0),) * (x.ndim - 1)])
+
+
 def _block_rows(num_tokens: int, num_rows: int, *, mesh: Mesh) -> int:
     """Vocabulary rows of one block."""
-    rows = LOGITS_BLOCK_BYTES[mesh.devices.flat[0].platform] // (4 * num_tokens) // 128 * 128
+    rows = LOGITS_BLOCK_BYTES[platform(mesh)] // (4 * num_tokens) // 128 * 128
     return min(num_rows, max(128, rows))
 
 
@@ -109,8 +113,8 @@ def _forward(x_BTD, w_VD, targets_BT, wanted_BT, *, mesh: Mesh, temperature: flo
 
     def local(x_btd, w, targets_bt, wanted_bt):
         order, count, chunk = _wanted_first(wanted_bt.reshape(-1), mesh=mesh)
-        x, targets = x_btd.reshape(-1, x_btd.shape[-1])[order], targets_bt.reshape(-1)[order]
-        targets = targets - jax.lax.axis_index(VOCAB) * w.shape[0]
+        x = _in_order(x_btd.reshape(-1, x_btd.shape[-1]), order, chunk)
+        targets = _in_order(targets_bt.reshape(-1), order, chunk) - jax.lax.axis_index(VOCAB) * w.shape[0]
         block = _block_rows(chunk, w.shape[0], mesh=mesh)
 
         def tokens(number, found):
@@ -141,8 +145,13 @@ def _forward(x_BTD, w_VD, targets_BT, wanted_BT, *, mesh: Mesh, temperature: flo
             return jax.lax.dynamic_update_slice_in_dim(found, new, number * chunk, 1)
 
         found = jax.lax.fori_loop(0, count, tokens, jnp.zeros((3, x.shape[0]), jnp.float32))
-        found = jnp.zeros_like(found).at[:, order].set(found) * wanted_bt.reshape(1, -1)
-        return tuple(a.reshape(targets_bt.shape) for a in found)
+        found = jnp.zeros((3, order.size)).at[:, order].set(found[:, : order.size])
+        logprobs, entropy, lse = found.reshape(3, *targets_bt.shape)
+        return (
+            logprobs * wanted_bt,
+            entropy * wanted_bt,
+            lse,
+        )  # lse also of unwanted ones in a chunk: exp(logits - 0) overflows
 
     rows = partition("batch", "positions")
     run = jax.shard_map(
@@ -162,9 +171,9 @@ def _backward(x_BTD, w_VD, targets_BT, wanted_BT, lse_BT, g_BT, *, mesh: Mesh, t
 
     def local(x_btd, w, targets_bt, wanted_bt, lse_bt, g_bt):
         order, count, chunk = _wanted_first(wanted_bt.reshape(-1), mesh=mesh)
-        x, targets = x_btd.reshape(-1, x_btd.shape[-1])[order], targets_bt.reshape(-1)[order]
-        lse, g = lse_bt.reshape(-1)[order], (g_bt * wanted_bt).reshape(-1)[order] / temperature
-        targets = targets - jax.lax.axis_index(VOCAB) * w.shape[0]
+        arrays = x_btd.reshape(-1, x_btd.shape[-1]), *(a.reshape(-1) for a in (targets_bt, lse_bt, g_bt * wanted_bt))
+        x, targets, lse, g = (_in_order(a, order, chunk) for a in arrays)
+        g, targets = g / temperature, targets - jax.lax.axis_index(VOCAB) * w.shape[0]
         block = _block_rows(chunk, w.shape[0], mesh=mesh)
 
         def tokens(number, carry):
@@ -189,7 +198,7 @@ def _backward(x_BTD, w_VD, targets_BT, wanted_BT, lse_BT, g_BT, *, mesh: Mesh, t
 
         init = (jnp.zeros(x.shape, jnp.float32), jnp.zeros(w.shape, jnp.float32))
         dx, dw = jax.lax.fori_loop(0, count, tokens, init)
-        dx = jnp.zeros_like(dx).at[order].set(dx).reshape(x_btd.shape)
+        dx = jnp.zeros((order.size, dx.shape[1])).at[order].set(dx[: order.size]).reshape(x_btd.shape)
         if shards > 1 and between == "residual":
             dx = jax.lax.psum_scatter(dx, VOCAB, scatter_dimension=1, tiled=True)
         elif shards > 1:

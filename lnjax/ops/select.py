@@ -8,6 +8,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from lnjax.errors import KernelUnavailable
+from lnjax.mesh import platform
 from lnjax.ops.attention import attention_sharded, attention_xla
 from lnjax.ops.cudnn import attention_cudnn, check_cudnn
 from lnjax.ops.head import HeadOutput, head_xla
@@ -46,8 +47,8 @@ class Ops:
 def select_ops(c: OpsConfig, *, mesh: Mesh) -> Ops:
     """Raises KernelUnavailable for a name that cannot run here."""
     matmuls = {"xla": matmul_xla, "fp8": matmul_fp8}
-    platform = mesh.devices.flat[0].platform
-    kernels = {"xla": functools.partial(attention_xla, serial=platform == "cpu"), "cudnn": attention_cudnn}
+    where = platform(mesh)
+    kernels = {"xla": functools.partial(attention_xla, serial=where == "cpu"), "cudnn": attention_cudnn}
     attentions = {name: functools.partial(attention_sharded, kernel=f, mesh=mesh) for name, f in kernels.items()}
     heads = {"xla": functools.partial(head_xla, mesh=mesh)}
     for kind, name, known in (
@@ -58,9 +59,9 @@ def select_ops(c: OpsConfig, *, mesh: Mesh) -> Ops:
         if name not in known:
             raise KernelUnavailable(f"ops.{kind}={name!r} does not exist; use one of {sorted(known)} with --ops.{kind}")
     for kind, name in (("matmul", c.matmul), ("attention", c.attention)):
-        if name in ("fp8", "cudnn") and platform != "gpu":
+        if name in ("fp8", "cudnn") and where != "gpu":
             raise KernelUnavailable(
-                f"ops.{kind}={name} needs NVIDIA GPUs, the mesh is of {platform} devices; use --ops.{kind} xla"
+                f"ops.{kind}={name} needs NVIDIA GPUs, the mesh is of {where} devices; use --ops.{kind} xla"
             )
     return Ops(mesh=mesh, matmul=matmuls[c.matmul], attention=attentions[c.attention], head=heads[c.head])
 

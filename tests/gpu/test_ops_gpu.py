@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpus(1)
 @pytest.fixture(autouse=True)
 def cuda():
     if jax.default_backend() != "gpu":
-        pytest.skip(
+        pytest.fail(
             f"jax runs on {jax.default_backend()} here; set JAX_PLATFORMS=cuda (uv sync --extra cuda13 or cuda12)"
         )
 
