@@ -55,7 +55,7 @@ def run(*words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["sft", "sft-dense", "logprob", "decode", "grpo"])
+@pytest.mark.parametrize("case", ["sft", "sft-dense", "logprob", "decode", "grpo", "ops"])
 def test_both_sides_agree_and_are_timed(tmp_path, case):
     build_environment()
     arms = {"sft": "default,steelman", "decode": "default,vllm"}.get(case, "default")  # compiling takes a minute

@@ -225,7 +225,9 @@ def reward(x: Completion) -> Score:
 
 def kernels(w: Work) -> Side:
     """Forward and backward of one layer, the head, and attention alone."""
-    s, model = w.shape, w.model()
+    one = dataclasses.replace(w.shape.spec, blocks=w.shape.spec.blocks[:1], num_source_layers=1)
+    s = dataclasses.replace(w.shape, spec=one)
+    model = dataclasses.replace(w, shape=s).model()
     spec, dtype = s.spec, jnp.dtype(s.dtype)
     keys, tokens = jax.random.split(jax.random.key(w.seed), 8), s.microbatch_rows * s.row_tokens
     heads, kv = spec.num_heads, spec.blocks[0].attention.num_kv_heads if spec.blocks[0].attention else 1
