@@ -12,7 +12,7 @@ from lnjax.schema import OptimizerConfig, PreferenceDataConfig, RewardModelConfi
 
 def config() -> RunConfig:
     tiny = tiny_dpo.config()
-    assert tiny.preference
+    assert tiny.preference and isinstance(tiny.preference.data, PreferenceDataConfig)
     return dataclasses.replace(
         tiny,
         name="tiny_reward_model",

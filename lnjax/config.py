@@ -18,7 +18,7 @@ import tyro
 
 from lnjax.errors import ConfigError
 from lnjax.proxy import proxy
-from lnjax.schema import RunConfig, VllmConfig
+from lnjax.schema import OnlineConfig, PreferenceConfig, RunConfig, VllmConfig
 from lnjax.stages import STAGES, check_stages
 
 MARKS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
@@ -276,6 +276,8 @@ def validate(c: RunConfig) -> None:
             _positive(c, {f"{name}.{key}" for key in keys})
     if c.preference:
         _positive(c, {"preference.beta", "preference.eta"})
+        if isinstance(c.preference.data, OnlineConfig):
+            _validate_online(c, c.preference, c.preference.data)
     if c.grpo:
         _validate_grpo(c)
     if c.eval:
@@ -330,6 +332,24 @@ def _validate_grpo(c: RunConfig) -> None:
         raise ConfigError(
             "grpo.sampling.top_p must be 1 and top_k 0: the learner scores tokens under the whole distribution, so a "
             "truncated sampler would be another policy"
+        )
+
+
+def _validate_online(c: RunConfig, p: PreferenceConfig, online: OnlineConfig) -> None:
+    """Of preferences whose answers the policy samples."""
+    _positive(c, {"preference.data.sampling.max_new_tokens"})
+    _sampling("preference.data.sampling", online.sampling)
+    asked, new = online.prompts.max_prompt_tokens, online.sampling.max_new_tokens
+    _fits_engine(c, "preference.data", asked + new)
+    if p.loss == "dpo" or online.samples_per_prompt < 2:
+        raise ConfigError(
+            f"preference.loss={p.loss} with {online.samples_per_prompt} samples a prompt; answers sampled on the way need "
+            "an rpo loss and at least 2"
+        )
+    if (size := asked - 1 + online.samples_per_prompt * (new + 1)) > p.pack.row_tokens:
+        raise ConfigError(
+            f"preference.pack.row_tokens={p.pack.row_tokens}: the longest prompt and its {online.samples_per_prompt} "
+            f"answers have {size} tokens and must fit a row"
         )
 
 

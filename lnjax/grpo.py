@@ -23,6 +23,7 @@ from lnjax.mesh import put_rows
 from lnjax.models.decoder import Model
 from lnjax.parity import Parity
 from lnjax.schema import GrpoConfig
+from lnjax.score import describe_groups
 from lnjax.source import RolloutSource
 from lnjax.stage import Position, Stage
 from lnjax.types import RlBatch, RolloutGroup, Sample
@@ -216,15 +217,6 @@ def _combine(stats: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def describe(groups: Sequence[RolloutGroup], c: GrpoConfig, *, updates: int) -> dict[str, Any]:
     """What the rollouts were like. Raises RolloutError for a token staler than allowed."""
     rollouts = [x for g in groups for x in g.rollouts]
-    count = len(rollouts)
-    lengths = [len(x.completion.token_ids) for x in rollouts]
-    parts = sorted({k for x in rollouts for k in x.score.parts})
-    tasks: dict[str, list[float]] = {}
-    for group in groups:
-        task = str(group.prompt.args.get("task", group.prompt.verifier))
-        tasks.setdefault(task, []).extend(x.score.reward for x in group.rollouts)
-    by_task = {f"reward/{k}": sum(v) / len(v) for k, v in sorted(tasks.items())} if len(tasks) > 1 else {}
-    mixed = sum(len({x.score.reward for x in g.rollouts}) > 1 for g in groups)
     behind = [-(-(updates - v) // c.updates_per_step) for x in rollouts for v in x.completion.versions]
     if max(behind) > c.max_staleness or min(behind) < 0:
         raise RolloutError(
@@ -232,16 +224,7 @@ def describe(groups: Sequence[RolloutGroup], c: GrpoConfig, *, updates: int) -> 
             f"grpo.max_staleness={c.max_staleness}"
         )
     return {
-        "reward": sum(x.score.reward for x in rollouts) / count,
-        **{k: sum(x.score.parts.get(k, 0.0) for x in rollouts) / count for k in parts},
-        **by_task,
-        "mixed_groups": mixed / len(groups),
-        "completion_tokens_mean": sum(lengths) / count,
-        "completion_tokens_max": max(lengths),
-        "unfinished": sum(not x.completion.finished for x in rollouts) / count,
-        "verifier_failures": sum(bool(x.score.failure) for x in rollouts),
-        "sample_tokens": sum(lengths),
-        "prompts": len(groups),
+        **describe_groups(groups),
         "version": max(x.completion.versions[-1] for x in rollouts),
         "staleness_mean": sum(behind) / len(behind),
         "staleness_max": max(behind),

@@ -1,4 +1,5 @@
-"""Learning from judged answers: DPO and RPO of the policy, and reward models. Comparisons packed in rows, one update a step."""
+"""Learning from judged answers, given or sampled on the way: DPO and RPO of the policy, and reward models. Comparisons packed in
+rows, one update a step."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import numpy as np
 
 from lnjax.build import KEY_STATE, Built, Resources
 from lnjax.data.preferences import RATINGS, build_comparisons, pack_comparisons
-from lnjax.data.streams import ShuffledStream
+from lnjax.data.streams import PromptStream, ShuffledStream, build_prompt_stream
 from lnjax.health import check_update
 from lnjax.learn.loss import LossSum
 from lnjax.learn.preference import bradley_terry_loss, preference_loss, regression_loss
@@ -19,15 +20,18 @@ from lnjax.learn.update import Updater
 from lnjax.mesh import fetch, put_rows
 from lnjax.models.decoder import Model
 from lnjax.models.reward import RewardModel
-from lnjax.schema import PreferenceConfig, RewardModelConfig
-from lnjax.score import mean_interval
+from lnjax.schema import OnlineConfig, PreferenceConfig, RewardModelConfig
+from lnjax.score import describe_groups, mean_interval
+from lnjax.source import sample_groups
 from lnjax.stage import Position, Stage
-from lnjax.types import Comparison, PreferenceBatch
+from lnjax.types import Comparison, PreferenceBatch, Prompt, RolloutGroup, Sample
 
 Config = PreferenceConfig | RewardModelConfig
 
 
-def build_stream(b: Built, c: Config) -> ShuffledStream[Comparison]:
+def build_stream(b: Built, c: Config) -> ShuffledStream[Comparison] | PromptStream:
+    if isinstance(c.data, OnlineConfig):
+        return build_prompt_stream(c.data.prompts, b.tokenizer)
     regression = isinstance(c, RewardModelConfig) and c.objective == "regression"
     return build_comparisons(
         c.data, b.tokenizer, regression=regression, max_tokens=c.pack.row_tokens, seed=b.config.seed
@@ -84,7 +88,13 @@ def run(b: Built, r: Resources, c: Config, *, stage: Stage, start: Position) -> 
     for step in range(start.step + 1, c.steps + 1):
         stage.begin(step)
         with r.log.phase("data"):
-            taken = stream.take(c.batch_size)
+            taken, described = stream.take(c.batch_size), {}
+        if isinstance(c.data, OnlineConfig):
+            version = start.updates + step - 1
+            groups = _answers(b, r, c.data, taken, params=state.params, version=version, seed=step)
+            r.record.keep(stage.name, step=step, groups=groups, credit=_above_mean)
+            taken, described = [_comparison(group) for group in groups], describe_groups(groups)
+        with r.log.phase("pack"):
             batches: list[PreferenceBatch] = put_rows(b.mesh, pack_comparisons(taken, c=c.pack)[0])
         # reference logprobs once a batch, with the weights at the start of the stage
         with r.log.phase("logprobs"):
@@ -92,7 +102,7 @@ def run(b: Built, r: Resources, c: Config, *, stage: Stage, start: Position) -> 
                 batches = [dataclasses.replace(x, ref_logprobs_BT=logprobs(reference, x)) for x in batches]
         with r.log.phase("update"):
             state, stats = updater.update(state, batches)
-            values = {k: float(v) for k, v in jax.device_get(stats).items()}
+            values = {k: float(v) for k, v in jax.device_get(stats).items()} | described
         values["comparisons"] = values.pop("tokens")
         values["update_tokens"] = sum(len(s.token_ids) for x in taken for s in x.samples)
         check_update(stage.name, step, values, max_skipped_in_a_row=c.optimizer.max_skipped_in_a_row)
@@ -101,6 +111,34 @@ def run(b: Built, r: Resources, c: Config, *, stage: Stage, start: Position) -> 
         if stop or stage.due(step) or step == c.steps:
             stage.save(step, _tree(state, reference), cursor=stream.cursor, stop=stop)
     return state.params
+
+
+def _answers(
+    b: Built, r: Resources, c: OnlineConfig, asked: list[Prompt], *, params: Any, version: int, seed: int
+) -> list[RolloutGroup]:
+    """Scored answers of the policy as it is."""
+    with r.log.phase("publish"):
+        r.engine.load_weights(version, params)
+    groups, seconds = sample_groups(b, r, asked, num_samples=c.samples_per_prompt, sampling=c.sampling, seed=seed)
+    for name, taken in seconds.items():
+        r.log.spent(name, taken)
+    return groups
+
+
+def _above_mean(group: RolloutGroup) -> list[float]:
+    """What the record shows in place of advantages."""
+    rewards = [x.score.reward for x in group.rollouts]
+    return [x - sum(rewards) / len(rewards) for x in rewards]
+
+
+def _comparison(group: RolloutGroup) -> Comparison:
+    """The answers of a group, the best first."""
+    ranked, before = sorted(group.rollouts, key=lambda x: -x.score.reward), group.prompt.token_ids
+    samples = []
+    for x in ranked:
+        after = x.completion.token_ids
+        samples.append(Sample(before + after, (0,) * len(before) + (1,) * len(after)))
+    return Comparison(tuple(samples), tuple((x.score.reward,) for x in ranked))
 
 
 def measure(b: Built, r: Resources, c: RewardModelConfig, params: Any, *, step: int) -> dict[str, float] | None:

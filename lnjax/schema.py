@@ -15,11 +15,14 @@ from lnjax.architecture import FfnSpec as FfnSpec
 from lnjax.architecture import ModelSpec as ModelSpec
 from lnjax.architecture import RopeSpec as RopeSpec
 from lnjax.architecture import uniform_blocks as uniform_blocks
+from lnjax.training import OnlineConfig as OnlineConfig
 from lnjax.training import OptimizerConfig as OptimizerConfig
 from lnjax.training import PackConfig as PackConfig
 from lnjax.training import PreferenceConfig as PreferenceConfig
 from lnjax.training import PreferenceDataConfig as PreferenceDataConfig
+from lnjax.training import PromptConfig as PromptConfig
 from lnjax.training import RewardModelConfig as RewardModelConfig
+from lnjax.training import SamplingConfig as SamplingConfig
 from lnjax.training import ScorerConfig as ScorerConfig
 
 
@@ -62,15 +65,6 @@ class OpsConfig:
     bfloat16), which knows no shared prompts (pack.share_prompts) and no mesh.context."""
     head: Literal["xla"] = "xla"
     """Logprob and cross-entropy kernel: blocks of vocabulary, hand-written backward."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingConfig:
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    """0 keeps all tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,26 +169,6 @@ class RewardConfig:
     """Behind the verifier `judge`; None where no prompt asks for it."""
     model: ScorerConfig | None = None
     """Behind the verifier `reward_model`; None where no prompt asks for it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptConfig:
-    source: str
-    """`arithmetic`, `ifeval` (generated instruction-following prompts), `ifeval_combined` (1 to 10 of all 25 instructions
-    each), `reasoning_gym:TASK`, `python:MODULE:FUNCTION` (a generator of your own: lnjax/data/rows.py), or a .jsonl file in
-    the Llama-Nemotron RL schema."""
-    split: Literal["train", "heldout"] = "train"
-    """Disjoint halves of generated sources. A .jsonl file is what it is."""
-    num_prompts: int = 0
-    """Prompts in the source before it repeats in another order; 0: all of a file."""
-    seed: int = 0
-    """Of generated sources, and of the order."""
-    verifier: str = ""
-    """Of every prompt, whatever its row asks for; empty: the row's own."""
-    system_prompt: str = ""
-    """Sent as the system message where a row has none; empty sends none."""
-    max_prompt_tokens: int = 512
-    """A longer prompt is an error that names its row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -74,6 +74,32 @@ def score_groups(
     ]
 
 
+def describe_groups(groups: Sequence[RolloutGroup]) -> dict[str, Any]:
+    """What the rollouts of a step were like, for the log."""
+    rollouts = [x for g in groups for x in g.rollouts]
+    count = len(rollouts)
+    lengths = [len(x.completion.token_ids) for x in rollouts]
+    parts = sorted({k for x in rollouts for k in x.score.parts})
+    tasks: dict[str, list[float]] = {}
+    for group in groups:
+        task = str(group.prompt.args.get("task", group.prompt.verifier))
+        tasks.setdefault(task, []).extend(x.score.reward for x in group.rollouts)
+    by_task = {f"reward/{k}": sum(v) / len(v) for k, v in sorted(tasks.items())} if len(tasks) > 1 else {}
+    mixed = sum(len({x.score.reward for x in g.rollouts}) > 1 for g in groups)
+    return {
+        "reward": sum(x.score.reward for x in rollouts) / count,
+        **{k: sum(x.score.parts.get(k, 0.0) for x in rollouts) / count for k in parts},
+        **by_task,
+        "mixed_groups": mixed / len(groups),
+        "completion_tokens_mean": sum(lengths) / count,
+        "completion_tokens_max": max(lengths),
+        "unfinished": sum(not x.completion.finished for x in rollouts) / count,
+        "verifier_failures": sum(bool(x.score.failure) for x in rollouts),
+        "sample_tokens": sum(lengths),
+        "prompts": len(groups),
+    }
+
+
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """(mean, low, high) of values in [0, 1], one a prompt: 95 % normal interval."""
     mean = sum(values) / len(values)

@@ -17,9 +17,9 @@ import jax
 from lnjax.build import Built, Resources
 from lnjax.data.streams import PromptStream
 from lnjax.distributed import from_first
-from lnjax.schema import GrpoConfig
+from lnjax.schema import GrpoConfig, SamplingConfig
 from lnjax.score import score_groups
-from lnjax.types import RolloutGroup
+from lnjax.types import Prompt, RolloutGroup
 
 POLL_S = 0.2
 DECIDE_S = 86_400.0
@@ -111,14 +111,23 @@ class RolloutSource:
             return not self._closed
 
     def _sample(self, rl_step: int) -> RolloutBatch:
-        c, start = self._c, time.monotonic()
+        c = self._c
         asked = self._prompts.take(c.prompts_per_step)
         cursor = self._prompts.cursor
-        # P prompts x G completions; every token carries its weight version
-        completions_PG = self._r.engine.generate(
-            asked, num_samples=c.samples_per_prompt, sampling=self._b.sampling(c.sampling), seed=rl_step
+        groups, seconds = sample_groups(
+            self._b, self._r, asked, num_samples=c.samples_per_prompt, sampling=c.sampling, seed=rl_step
         )
-        sampled = time.monotonic()
-        # text in, float out; an unfinished completion scores 0
-        groups = score_groups(asked, completions_PG, tokenizer=self._b.tokenizer, reward=self._r.reward)
-        return RolloutBatch(rl_step, groups, cursor, {"sample": sampled - start, "score": time.monotonic() - sampled})
+        return RolloutBatch(rl_step, groups, cursor, seconds)
+
+
+def sample_groups(
+    b: Built, r: Resources, asked: list[Prompt], *, num_samples: int, sampling: SamplingConfig, seed: int
+) -> tuple[list[RolloutGroup], dict[str, float]]:
+    """(scored completions of each prompt, seconds of both phases)."""
+    start = time.monotonic()
+    # P prompts x G completions; every token carries its weight version
+    completions_PG = r.engine.generate(asked, num_samples=num_samples, sampling=b.sampling(sampling), seed=seed)
+    sampled = time.monotonic()
+    # text in, float out; an unfinished completion scores 0
+    groups = score_groups(asked, completions_PG, tokenizer=b.tokenizer, reward=r.reward)
+    return groups, {"sample": sampled - start, "score": time.monotonic() - sampled}

@@ -15,7 +15,7 @@ from lnjax.checkpoint.hf import save_hf
 from lnjax.checkpoint.store import Checkpoints
 from lnjax.config import check_run_dir, config_hash, save_config
 from lnjax.data.chat import lint_template
-from lnjax.data.streams import build_prompt_stream
+from lnjax.data.streams import PromptStream, build_prompt_stream
 from lnjax.evaluate import EvalResult, evaluate
 from lnjax.fit import check_fits
 from lnjax.metrics import MetricsLog, peak_memory_bytes, write_json
@@ -116,8 +116,9 @@ def _streams(b: Built) -> dict[str, Any]:
     if c.eval:
         streams["eval"] = build_prompt_stream(c.eval.prompts, b.tokenizer)
     with build_reward(c.reward) as reward:
-        for name in streams.keys() & {"grpo", "eval"}:
-            reward.check([p.verifier for p in streams[name].prompts])
+        for stream in streams.values():
+            if isinstance(stream, PromptStream):
+                reward.check([p.verifier for p in stream.prompts])
     return streams
 
 

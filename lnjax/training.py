@@ -1,5 +1,5 @@
-"""Knobs of a training stage: optimizer, packing; preferences between answers and reward models. Configs take these names from
-lnjax.schema. No jax."""
+"""Knobs of a training stage: optimizer, packing, prompts, sampling; preferences between answers and reward models. Configs take
+these names from lnjax.schema. No jax."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -42,6 +42,35 @@ class PackConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingConfig:
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps all tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptConfig:
+    source: str
+    """`arithmetic`, `ifeval` (generated instruction-following prompts), `ifeval_combined` (1 to 10 of all 25 instructions
+    each), `reasoning_gym:TASK`, `python:MODULE:FUNCTION` (a generator of your own: lnjax/data/rows.py), or a .jsonl file in
+    the Llama-Nemotron RL schema."""
+    split: Literal["train", "heldout"] = "train"
+    """Disjoint halves of generated sources. A .jsonl file is what it is."""
+    num_prompts: int = 0
+    """Prompts in the source before it repeats in another order; 0: all of a file."""
+    seed: int = 0
+    """Of generated sources, and of the order."""
+    verifier: str = ""
+    """Of every prompt, whatever its row asks for; empty: the row's own."""
+    system_prompt: str = ""
+    """Sent as the system message where a row has none; empty sends none."""
+    max_prompt_tokens: int = 512
+    """A longer prompt is an error that names its row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PreferenceDataConfig:
     source: str
     """`arithmetic` (generated: right against wrong answers), `python:MODULE:FUNCTION`, or a .jsonl file: HelpSteer2 or
@@ -56,10 +85,21 @@ class PreferenceDataConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OnlineConfig:
+    """Answers that the policy itself samples before each update, scored as in GRPO (the run's `reward`). RPO only."""
+
+    prompts: PromptConfig
+    samples_per_prompt: int
+    """K answers of one comparison. A row must hold them all behind their prompt."""
+    sampling: SamplingConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PreferenceConfig:
     """The policy moves towards answers preferred to others, measured from the weights at the start of this stage."""
 
-    data: PreferenceDataConfig
+    data: PreferenceDataConfig | OnlineConfig
+    """Pairs that are there, or answers sampled on the way (online RPO)."""
     loss: Literal["dpo", "rpo_squared", "rpo_forward_kl", "rpo_backward_kl"] = "dpo"
     """DPO (arXiv 2305.18290), or RPO (arXiv 2502.00203) by its distance; the formulas stand in lnjax/learn/preference.py."""
     beta: float
@@ -68,9 +108,9 @@ class PreferenceConfig:
     """RPO: scale of the given rewards."""
     steps: int
     batch_size: int
-    """Pairs of one update."""
+    """Pairs, or online prompts, of one update."""
     pack: PackConfig
-    """A pair shares its prompt's tokens and lies in one row; max_segments counts pairs."""
+    """The answers to a prompt share its tokens and lie in one row; max_segments counts prompts."""
     optimizer: OptimizerConfig
 
 

@@ -17,6 +17,7 @@ from lnjax.convert import main as convert
 from lnjax.data.preferences import RATINGS, arithmetic_pairs, build_comparisons, pack_comparisons
 from lnjax.data.tokenizer import load_tokenizer
 from lnjax.errors import DataError, WeightsError
+from lnjax.launch import main as launch
 from lnjax.learn.preference import bradley_terry_loss, preference_loss, regression_loss, rpo_distance
 from lnjax.models.reward import RewardModel
 from lnjax.schema import OptimizerConfig, PackConfig, PreferenceConfig, PreferenceDataConfig
@@ -247,6 +248,50 @@ def test_dpo_begins_at_ln_2_lowers_its_loss_and_resumes_where_it_was(tmp_path):
     assert whole[-1]["accuracy"] > 0.6
     assert train("parts", 4) == whole[:4]
     assert train("parts", 8) == whole
+
+
+ONLINE = """import dataclasses
+from configs import quickstart, tiny_rpo
+from lnjax.schema import OnlineConfig, SamplingConfig
+def config():
+    q, base = quickstart.config(), tiny_rpo.config()
+    prompts = dataclasses.replace(q.grpo.prompts, num_prompts=64)
+    data = OnlineConfig(prompts=prompts, samples_per_prompt=3, sampling=SamplingConfig(max_new_tokens=24))
+    pack = dataclasses.replace(base.preference.pack, row_tokens=128)
+    preference = dataclasses.replace(base.preference, data=data, batch_size=8, pack=pack)
+    return dataclasses.replace(base, name="online", preference=preference, engine=q.engine)
+"""
+
+
+@pytest.mark.slow
+def test_online_rpo_samples_with_the_weights_of_the_step_starts_at_the_reference_and_resumes_where_it_was(tmp_path):
+    config = tmp_path / "online.py"
+    config.write_text(ONLINE)
+
+    def train(name, steps):
+        run("--config", config, "--run-dir", tmp_path / name, *small("--preference.steps", str(steps)))
+        return lines_of(tmp_path / name, "preference")
+
+    whole = train("whole", 6)
+    # all implicit rewards are 0 before the first update: KL(given || uniform) of each group, none of equal rewards
+    assert whole[0]["margin"] == 0.0
+    assert whole[0]["loss"] >= 0.0
+    assert [x["comparisons"] for x in whole] == [8.0] * 6
+    assert all({"reward", "unfinished", "mixed_groups"} <= x.keys() for x in whole)
+    assert train("parts", 3) == whole[:3]
+    assert train("parts", 6) == whole
+
+
+def test_answers_sampled_on_the_way_need_an_rpo_loss_and_a_row_that_holds_them(tmp_path, capfd):
+    config = tmp_path / "online.py"
+    config.write_text(ONLINE)
+    for words, message in (
+        (["--preference.loss", "dpo"], "need an rpo loss"),
+        (["--preference.data.samples_per_prompt", "1"], "at least 2"),
+        (["--preference.pack.row_tokens", "96"], "must fit a row"),
+    ):
+        assert launch(["--config", str(config), "--dry-run", *words]) == 2
+        assert message in capfd.readouterr().err
 
 
 @pytest.mark.slow
