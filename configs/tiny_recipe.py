@@ -1,5 +1,5 @@
 """The published pipeline with a tiny model on two CPU cores: SFT with the reasoning switch, pass rates, GRPO in a curriculum with
-a judge, RL on instructions, a reward model, RL on chat with it, and every policy measured on the same held-out prompts.
+a judge, RL on instructions, a reward model, online RPO on chat with it, and every policy measured on the same held-out prompts.
 
 Published (arXiv 2505.00949): the order (sections 4 to 6), 8 answers a prompt for pass rates and those of 0.75 and more left
 out (5.1), reward accuracy x format (5.1), RLOO for instructions (6.1), temperature 0.6 and top-p 0.95 with reasoning on and
@@ -16,10 +16,11 @@ from lnjax.schema import (
     CurriculumConfig,
     EmbeddedConfig,
     GrpoConfig,
-    GrpoLossConfig,
     JudgeConfig,
+    OnlineConfig,
     OptimizerConfig,
     PackConfig,
+    PreferenceConfig,
     PreferenceDataConfig,
     PromptConfig,
     RecordConfig,
@@ -114,9 +115,20 @@ def config() -> RecipeConfig:
         ),
         checkpoint=CheckpointConfig(every=100, keep=1, export_hf=False),
     )
-    # Scores of a reward model that hardly differ would be blown up by their standard deviation.
-    plain = AdvantageConfig(normalize_std=False)
-    chat = replace(lesson_rl("chat", steps=40), advantage=plain, loss=GrpoLossConfig(kl_coef=0.01))
+    chat = PreferenceConfig(
+        data=OnlineConfig(
+            prompts=lesson_rl("chat", steps=40).prompts,
+            samples_per_prompt=8,
+            sampling=SamplingConfig(max_new_tokens=ANSWER_TOKENS),
+        ),
+        loss="rpo_backward_kl",
+        beta=0.1,
+        eta=3.0,  # published for Super (6.3)
+        steps=40,
+        batch_size=16,
+        pack=PackConfig(row_tokens=768, microbatch_rows=2),
+        optimizer=math_rl().optimizer,
+    )
     scored = RewardConfig(num_workers=1, format="think", model=SCORER)
     held_out = PromptConfig(
         source=LESSONS + "math", split="heldout", num_prompts=512, seed=2, max_prompt_tokens=PROMPT_TOKENS
@@ -129,7 +141,7 @@ def config() -> RecipeConfig:
             RecipeStage(run=grpo),
             RecipeStage(run=replace(later("if_rl", "grpo"), grpo=rloo)),
             RecipeStage(run=reward_model),
-            RecipeStage(run=replace(later("chat_rl", "if_rl"), reward=scored, grpo=chat)),
+            RecipeStage(run=replace(later("chat_rl", "if_rl"), reward=scored, preference=chat)),
         ),
         eval=RecipeEvalConfig(
             math=held_out,

@@ -175,6 +175,8 @@ class RewardConfig:
 class CurriculumConfig:
     """Prompts from easy to hard by their measured pass rates; the algorithm stands in lnjax/data/curriculum.py."""
 
+    order: Literal["easy_to_hard", "random"] = "easy_to_hard"
+    """`random`: the same prompts without a target, to compare with."""
     drop_at: float = 0.75
     """Prompts of this pass rate and above are left out."""
     start: float = 0.625

@@ -35,6 +35,23 @@ def test_a_narrow_gaussian_between_two_bins_still_has_weights():
     assert allocate(dict.fromkeys(FIVE, 9), batch_size=4, centre=0.4, sigma=1e-3)[0.5] == 4
 
 
+def test_a_random_order_drops_the_same_prompts_and_goes_nowhere():
+    easy_first, hard = CurriculumConfig(), CurriculumConfig(order="random")
+    ordered, dropped = curriculum_order(EIGHTHS, batch_size=6, c=easy_first, seed=3)
+    batches, same = curriculum_order(EIGHTHS, batch_size=6, c=hard, seed=3)
+    assert dropped == same == list(range(60, 90))
+    assert sorted(i for b in batches for i in b) == sorted(i for b in ordered for i in b) == list(range(60))
+    assert batches == curriculum_order(EIGHTHS, batch_size=6, c=hard, seed=3)[0]
+    assert batches != curriculum_order(EIGHTHS, batch_size=6, c=hard, seed=4)[0]
+
+    def slope(found):  # of the mean pass rate, first half to second
+        means = [sum(EIGHTHS[i] for i in b) / len(b) for b in found]
+        return sum(means[5:]) / 5 - sum(means[:5]) / 5
+
+    assert slope(ordered) < -0.2 < slope(batches) < 0.2
+    assert "pass_rate_target" not in describe_batch([0.5], batch=0, num_batches=1, c=hard)
+
+
 def test_the_batches_of_a_small_pool_are_these():
     rates = [0.0, 0.25, 0.5, 0.75, 1.0, 0.0, 0.25, 0.5, 0.75, 1.0]
     c = CurriculumConfig(drop_at=0.75, start=0.5, end=0.0, sigma=0.05, bins=4)

@@ -74,7 +74,7 @@ class Work:
             model=ModelConfig(spec=self.shape.spec, compute_dtype=self.shape.dtype, remat=self.shape.remat),
             ops=self.ops,
         )
-        return build_model(c, spec=self.shape.spec, mesh=make_mesh(MeshConfig(), devices=jax.devices()[:1]))
+        return build_model(c, spec=self.shape.spec, mesh=make_mesh(MeshConfig(data=jax.device_count(), fsdp=1)))
 
     def params(self, model: Model, *, dtype: str) -> Any:
         """Random weights that the shape's dtype holds exactly, written in it for the other arms."""

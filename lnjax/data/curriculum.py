@@ -13,6 +13,8 @@ the width of the Gaussian and how its centre moves. Exactly:
 3. While slots are free, the bin with the most left gives one (ties: the bin nearer to the centre, then the harder one).
 4. Within a bin prompts come in a random order, and the batch is shuffled: draws of the seed and the bin's or batch's number.
 
+With order="random" the kept prompts come in a random order instead, in batches of the same size.
+
 The order holds whole batches until the prompts run out; fewer than a batch's worth at the end are left out. When a run takes
 more, the same order begins again. A stream over it has one index for its state, as any other.
 """
@@ -32,6 +34,11 @@ def curriculum_order(
 ) -> tuple[list[list[int]], list[int]]:
     """(batches of indices into `rates`, indices dropped as too easy). Deterministic. Every other index at most once."""
     dropped = [i for i, rate in enumerate(rates) if rate >= c.drop_at]
+    fit = (len(rates) - len(dropped)) // batch_size
+    if c.order == "random":
+        kept = [i for i, rate in enumerate(rates) if rate < c.drop_at]
+        random.Random(f"curriculum/{seed}/random").shuffle(kept)
+        return [kept[b * batch_size : (b + 1) * batch_size] for b in range(fit)], dropped
     bins: dict[int, list[int]] = {}
     for i, rate in enumerate(rates):
         if rate < c.drop_at:
@@ -39,7 +46,6 @@ def curriculum_order(
     for k, pool in bins.items():
         random.Random(f"curriculum/{seed}/bin/{k}").shuffle(pool)
     pools = {k / c.bins: bins[k] for k in sorted(bins)}
-    fit = (len(rates) - len(dropped)) // batch_size
     batches = []
     for b in range(fit):
         centre = batch_centre(b, num_batches=fit, c=c)
@@ -59,8 +65,9 @@ def batch_centre(batch: int, *, num_batches: int, c: CurriculumConfig) -> float:
 def describe_batch(rates: Sequence[float], *, batch: int, num_batches: int, c: CurriculumConfig) -> dict[str, float]:
     """Target and actual of one batch: the centre, the mean pass rate, and the share of prompts in each bin they are in."""
     bins = Counter(math.floor(rate * c.bins + 0.5) / c.bins for rate in rates)
+    target = {"pass_rate_target": batch_centre(batch % num_batches, num_batches=num_batches, c=c)}
     return {
-        "pass_rate_target": batch_centre(batch % num_batches, num_batches=num_batches, c=c),
+        **(target if c.order == "easy_to_hard" else {}),
         "pass_rate": sum(rates) / len(rates),
         **{f"pass_rate/{k:g}": bins[k] / len(rates) for k in sorted(bins)},
     }
