@@ -36,12 +36,12 @@ from lnjax.schema import (
 DEVICES = 8
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}"}
 """Of the process, before jax is imported; XLA_FLAGS after those that are set."""
-D_MODEL, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, VOCAB = 128, 4, 2, 32, 128
+D_MODEL, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, VOCAB = 64, 4, 2, 16, 128
 LEAST_BLOCKS = 8
 """Every kind of block comes equally often, and all together no fewer times than this where the model has as many."""
 WIDTH_MULTIPLE = 4
 PROMPTS, SAMPLES, STEPS, NUM_PROMPTS = 8, 8, 20, 240
-SFT_STEPS, SFT_RATE, GRPO_RATE = 400, 2e-3, 1e-4
+SFT_STEPS, SFT_RATE, GRPO_RATE = 300, 3e-3, 1e-4
 LENGTHS = {"arithmetic": (32, 32), "ifeval": (208, 48)}
 """Longest prompt and completion, in tokens of the built-in tokenizer."""
 
