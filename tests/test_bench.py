@@ -13,7 +13,7 @@ from lnjax.bench.__main__ import difference, main, markdown
 from lnjax.bench.ours import Work, train
 from lnjax.bench.shapes import conversations, packed, shape
 from lnjax.errors import ConfigError
-from lnjax.schema import LoraConfig, OpsConfig
+from lnjax.schema import OpsConfig
 from tests.fleet import ROOT, build_environment
 
 
@@ -54,13 +54,13 @@ def test_an_arm_that_is_not_there_is_named(capsys):
 def test_a_shape_with_adapters_has_no_arms_and_trains_over_frozen_weights(capsys, tmp_path):
     assert main(["sft", "--shape", "8b-lora", "--python", sys.executable]) == 2
     assert "8b-lora trains adapters, which no arm does; use --arms none" in capsys.readouterr().err
-    s = dataclasses.replace(shape("micro"), lora=LoraConfig(rank=4), dtype="bfloat16")
+    s = dataclasses.replace(shape("micro"), lora_rank=4, dtype="bfloat16")
     w = Work(s, OpsConfig(), tmp_path, dense=False, shared=False)
     model = w.model()
     adapters, frozen = w.start(model)
     assert set(adapters) == {"lora"}
     assert {x.dtype.name for x in jax.tree.leaves(frozen)} == {"bfloat16"}
-    plain = dataclasses.replace(w, shape=dataclasses.replace(s, lora=LoraConfig()))
+    plain = dataclasses.replace(w, shape=dataclasses.replace(s, lora_rank=0))
     assert train(w).first["loss"] == train(plain).first["loss"]
 
 

@@ -25,6 +25,7 @@ from lnjax.schema import (
     AdvantageConfig,
     EmbeddedConfig,
     GrpoConfig,
+    LoraConfig,
     MeshConfig,
     ModelConfig,
     OpsConfig,
@@ -69,13 +70,10 @@ class Work:
     seed: int = 0
 
     def model(self) -> Model:
-        c = RunConfig(
-            name="bench",
-            model=ModelConfig(
-                spec=self.shape.spec, compute_dtype=self.shape.dtype, remat=self.shape.remat, lora=self.shape.lora
-            ),
-            ops=self.ops,
-        )
+        s = self.shape
+        lora = LoraConfig(rank=s.lora_rank)
+        c = ModelConfig(spec=s.spec, compute_dtype=s.dtype, remat=s.remat, lora=lora)
+        c = RunConfig(name="bench", model=c, ops=self.ops)
         return build_model(c, spec=self.shape.spec, mesh=make_mesh(MeshConfig(), devices=jax.devices()[:1]))
 
     def params(self, model: Model, *, dtype: str) -> Any:

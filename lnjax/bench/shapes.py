@@ -8,7 +8,7 @@ import numpy as np
 from lnjax.data.packing import Packing, pack
 from lnjax.errors import ConfigError
 from lnjax.models.family import family
-from lnjax.schema import LoraConfig, ModelSpec, PackConfig, RopeSpec, uniform_blocks
+from lnjax.schema import ModelSpec, PackConfig, RopeSpec, uniform_blocks
 from lnjax.types import Sample
 
 SIGMA = 0.8
@@ -24,8 +24,8 @@ class Shape:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute; master weights and optimizer state are float32 for training, else of this dtype."""
     remat: Literal["none", "dots", "full"] = "none"
-    lora: LoraConfig = LoraConfig()
-    """With a rank, weights below the adapters are of `dtype` too. The other arms know no adapters."""
+    lora_rank: int = 0
+    """Where positive, adapters alone are trained and the weights below them are of `dtype`. The other arms know no adapters."""
     conversations: int = 64
     """Of one update (sft)."""
     row_tokens: int = 512
@@ -75,9 +75,7 @@ def shape(name: str) -> Shape:
         "8b": lambda: Shape(
             spec=family("nano8b"), microbatch_rows=1, prompts=32, prompt_tokens=896, new_tokens=128, **gpu
         ),
-        "8b-lora": lambda: Shape(
-            spec=family("nano8b"), microbatch_rows=1, lora=LoraConfig(rank=16), **{**gpu, "remat": "full"}
-        ),
+        "8b-lora": lambda: Shape(spec=family("nano8b"), microbatch_rows=1, lora_rank=16, **{**gpu, "remat": "full"}),
         "layer-4096": lambda: Shape(
             spec=_llama(1, 4096, 32, 8, 14336, 128256), microbatch_rows=2, **{**gpu, "remat": "none"}
         ),
