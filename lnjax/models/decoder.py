@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from lnjax.mesh import check_divisible, constrain, platform, positions_axis, sharding
-from lnjax.models.lora import LORA, Adapter, adapt, merge
+from lnjax.mesh import constrain, platform, positions_axis, sharding
+from lnjax.models.lora import LORA, Adapter, abstract, adapt, merge
 from lnjax.models.spec import Run, runs
 from lnjax.ops.embed import embed_xla
 from lnjax.ops.head import HeadOutput
@@ -246,25 +246,18 @@ class Model:
 
     def abstract_params(self, *, dtype: jnp.dtype) -> Params:
         """The tree as jax.ShapeDtypeStruct with shardings. Raises ConfigError where the mesh does not divide a dim."""
-        return self._place(nnx.state(_abstract(self.spec), nnx.Param), dtype=dtype)
+        return abstract(nnx.state(_abstract(self.spec), nnx.Param), dtype=dtype, mesh=self.compute.ops.mesh)
 
     def abstract_trained(self, *, dtype: jnp.dtype) -> Params:
         """What training changes, likewise: all parameters, or adapters alone (`{LORA: ...}`)."""
         if self.lora is None:
             return self.abstract_params(dtype=dtype)
-        return {LORA: self._place(nnx.state(_abstract(self.spec, self.lora), Adapter), dtype=dtype)}
+        state = nnx.state(_abstract(self.spec, self.lora), Adapter)
+        return {LORA: abstract(state, dtype=dtype, mesh=self.compute.ops.mesh)}
 
     def abstract_frozen(self) -> Params:
         """The rest, in compute dtype; `{}` without adapters. `frozen | trained` is what the model computes with."""
         return self.abstract_params(dtype=self.compute.dtype) if self.lora else {}
-
-    def _place(self, state: Any, *, dtype: jnp.dtype) -> Params:
-        mesh, flat = self.compute.ops.mesh, {}
-        for path, param in nnx.to_flat_state(state):
-            logical = param.get_metadata()["logical"]
-            check_divisible(mesh, name="/".join(map(str, path)), shape=param.shape, logical=logical)
-            flat[path] = jax.ShapeDtypeStruct(param.shape, dtype, sharding=sharding(mesh, *logical))
-        return nnx.traversals.unflatten_mapping(flat)
 
     def init_adapters(self, key: Array, *, dtype: jnp.dtype) -> Params:
         """New adapters, born sharded, under which the model computes what it does without them."""
@@ -277,7 +270,7 @@ class Model:
         return jax.jit(init, out_shardings=where)(key)
 
     def merged(self, params: Params) -> Params:
-        """Parameters without adapters that compute the same."""
+        """Parameters without adapters, the same model."""
         return merge(params, self.lora) if self.lora else params
 
     def shardings(self) -> Params:
