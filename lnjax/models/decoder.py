@@ -60,8 +60,7 @@ def _place(x_BTD: Array, c: Compute, *, between_blocks: bool) -> Array:
 class Kernels(nnx.Module):
     """Named parameters of one part, each with its logical axes; stacked over the run's layers."""
 
-    lora_scale: float
-    """alpha / rank, where the part has adapters."""
+    lora_scale: float  # alpha / rank, where the part has adapters
 
     def __init__(self, shapes: dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]], *, scale: float, rngs):
         for name, (shape, logical) in shapes.items():
@@ -183,12 +182,7 @@ class Decoder(nnx.Module):
 
 @functools.cache
 def _abstract(spec: ModelSpec, lora: LoraConfig | None = None) -> Decoder:
-    return nnx.eval_shape(lambda: _decoder(spec, lora, rngs=nnx.Rngs(params=0)))
-
-
-def _decoder(spec: ModelSpec, lora: LoraConfig | None, *, rngs: nnx.Rngs) -> Decoder:
-    decoder = Decoder(spec, rngs=rngs)
-    return adapt(decoder, lora, rngs=rngs) if lora else decoder
+    return nnx.eval_shape(lambda: adapt(Decoder(spec, rngs=nnx.Rngs(params=0)), lora, rngs=nnx.Rngs(params=0)))
 
 
 def rms_norm(x: Array, weight: Array, *, eps: float) -> Array:
@@ -263,7 +257,8 @@ class Model:
         """New adapters, born sharded, under which the model computes what it does without them."""
 
         def init(key):
-            decoder = _decoder(self.spec, self.lora, rngs=nnx.Rngs(params=key))
+            rngs = nnx.Rngs(params=key)
+            decoder = adapt(Decoder(self.spec, rngs=rngs), self.lora, rngs=rngs)
             return {LORA: jax.tree.map(lambda x: x.astype(dtype), nnx.to_pure_dict(nnx.state(decoder, Adapter)))}
 
         where = jax.tree.map(lambda x: x.sharding, self.abstract_trained(dtype=dtype))

@@ -36,8 +36,10 @@ def check_lora(c: LoraConfig) -> None:
         )
 
 
-def adapt(decoder: Any, c: LoraConfig, *, rngs: nnx.Rngs) -> Any:
+def adapt(decoder: Any, c: LoraConfig | None, *, rngs: nnx.Rngs) -> Any:
     """The decoder, its target kernels with adapters beside them. They are split over devices as their kernel's dims are."""
+    if c is None:
+        return decoder
     for blocks in decoder.runs.values():
         for part in (getattr(blocks, name) for name in ("attention", "ffn") if hasattr(blocks, name)):
             part.lora_scale = c.alpha / c.rank
