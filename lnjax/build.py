@@ -19,6 +19,7 @@ from lnjax.mesh import check_divisible, make_mesh
 from lnjax.metrics import MetricsLog
 from lnjax.models.decoder import Compute, Model
 from lnjax.models.hf import hf_config
+from lnjax.models.lora import check_lora
 from lnjax.models.reward import RewardModel
 from lnjax.ops.cudnn import MAX_DOCUMENTS
 from lnjax.ops.select import check_ops, select_ops
@@ -65,13 +66,15 @@ class Resources:
     streams: Mapping[str, Any]
     """Data of each stage by its name, and the held-out prompts under `eval`: read and checked before anything is written."""
     record: RolloutRecord
+    frozen: dict[str, Any] = field(default_factory=dict)
+    """Weights below the adapters of a LoRA run: with the trained ones they are what the model computes with."""
     parity: dict[str, float] = field(default_factory=dict)
     """Agreement of servers and learner over the whole process, for summary.json."""
 
 
 CHECKPOINT_DECIDES = ("max_position", "bos_token_id", "eos_token_ids", "initializer_range")
 """Of a spec: what no weight depends on. A checkpoint may differ from the config's spec there, and is believed."""
-KEY_INIT, KEY_ENGINE, KEY_STATE = range(3)
+KEY_INIT, KEY_ENGINE, KEY_STATE, KEY_LORA = range(4)
 """Purposes folded into the base key."""
 
 
@@ -116,6 +119,11 @@ def build(c: RunConfig, run_dir: Path) -> Built:
             f"{jax.process_count()} processes, whose programs must run in one order; use 0, one process, or servers"
         )
     check_ops(c.ops)
+    check_lora(c.model.lora)
+    if c.model.lora.rank and c.reward_model:
+        raise ConfigError(
+            f"model.lora.rank={c.model.lora.rank}: reward_model trains all weights below its head; use --model.lora.rank 0"
+        )
     spec = model_spec(c.model)
     tokenizer = load_tokenizer(tokenizer_source(c.model))
     if tokenizer.vocab_size > spec.vocab_size:
@@ -128,7 +136,8 @@ def build(c: RunConfig, run_dir: Path) -> Built:
 
 def build_model(c: RunConfig, *, spec: ModelSpec, mesh: Mesh) -> Model:
     """The architecture with its kernels on a mesh. Raises ConfigError naming a dimension that the mesh does not divide."""
-    model = Model(spec, Compute(select_ops(c.ops, mesh=mesh), jnp.dtype(c.model.compute_dtype), c.model.remat))
+    compute = Compute(select_ops(c.ops, mesh=mesh), jnp.dtype(c.model.compute_dtype), c.model.remat)
+    model = Model(spec, compute, c.model.lora if c.model.lora.rank else None)
     model.abstract_params(dtype=jnp.dtype(c.model.param_dtype))
     for name, stage in stages_of(c):
         rows = (stage.pack.microbatch_rows, stage.pack.row_tokens)
@@ -148,11 +157,23 @@ def _check_cudnn_rows(stage: str, c: PackConfig) -> None:
         )
 
 
-def initial_params(b: Built) -> Any:
-    """Random or loaded master weights, sharded."""
+def initial_params(b: Built, *, dtype: Any) -> Any:
+    """Random or loaded weights, sharded."""
     if b.config.model.source == "random":
-        return b.model.init_params(jax.random.fold_in(b.key, KEY_INIT), dtype=b.param_dtype)
-    return load_weights(b.config.model.source, spec=b.model.spec, dtype=b.param_dtype, shardings=b.model.shardings())
+        return b.model.init_params(jax.random.fold_in(b.key, KEY_INIT), dtype=dtype)
+    return load_weights(b.config.model.source, spec=b.model.spec, dtype=dtype, shardings=b.model.shardings())
+
+
+def initial_trained(b: Built) -> Any:
+    """What the first stage begins with: master weights, or new adapters."""
+    if b.model.lora:
+        return b.model.init_adapters(jax.random.fold_in(b.key, KEY_LORA), dtype=b.param_dtype)
+    return initial_params(b, dtype=b.param_dtype)
+
+
+def frozen_params(b: Built) -> Any:
+    """The weights below adapters, in the dtype that the model casts them to anyway; `{}` where all are trained."""
+    return initial_params(b, dtype=b.model.compute.dtype) if b.model.lora else {}
 
 
 def build_scores(b: Built, inner: Any) -> Any:

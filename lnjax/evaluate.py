@@ -1,6 +1,7 @@
 """Held-out evaluation: sample, score, mean with a 95 % interval over prompts."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from lnjax.build import Built, Resources
 from lnjax.score import mean_interval, score_groups
@@ -22,13 +23,13 @@ class EvalResult:
     """Share of completions cut off by the token budget."""
 
 
-def evaluate(b: Built, r: Resources, *, after: str, step: int, params: object) -> EvalResult | None:
+def evaluate(b: Built, r: Resources, *, after: str, step: int, params: dict[str, Any]) -> EvalResult | None:
     """Score the held-out prompts with `params` and log the line; None where the run has no eval."""
     c = b.config.eval
     if c is None:
         return None
     with r.log.phase("evaluate"):
-        r.engine.load_weights(step, params)
+        r.engine.load_weights(step, b.model.merged(r.frozen | params))
         prompts = r.streams["eval"].prompts
         completions = r.engine.generate(
             prompts, num_samples=c.num_samples, sampling=b.sampling(c.sampling), seed=EVAL_SEED

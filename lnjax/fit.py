@@ -11,6 +11,8 @@ from lnjax.models.hf import tensor_map
 from lnjax.schema import RunConfig, VllmConfig
 
 GPUS_PER_NODE = 8
+SIZES = {"float32": 4, "bfloat16": 2}
+"""Bytes of a number."""
 
 
 def needed_devices(c: RunConfig) -> int:
@@ -24,12 +26,18 @@ def server_gpus(c: RunConfig) -> int:
 
 
 def state_bytes(c: RunConfig) -> int:
-    """Parameters, AdamW's two moments, gradients, and a reference, over all devices; 0 where the config has no spec."""
+    """Trained parameters, AdamW's two moments, gradients, a reference, and the weights below adapters, over all devices; 0 where
+    the config has no spec."""
     if c.model.spec is None:
         return 0
-    count = sum(math.prod(entry.shape) for entry in tensor_map(c.model.spec))
+    entries, lora, frozen = tensor_map(c.model.spec), c.model.lora, 0
+    count = sum(math.prod(entry.shape) for entry in entries)
+    if lora.rank:
+        frozen = count * SIZES[c.model.compute_dtype]
+        kernels = [entry.shape for entry in entries if entry.path[-1] in lora.targets]
+        count = sum(n * lora.rank * (d_in + d_out) for n, d_in, d_out in kernels)
     copies = 4 + bool(c.preference or (c.grpo and c.grpo.loss.kl_coef > 0))
-    return count * copies * (4 if c.model.param_dtype == "float32" else 2)
+    return frozen + count * copies * SIZES[c.model.param_dtype]
 
 
 def check_fits(c: RunConfig) -> None:

@@ -49,7 +49,7 @@ def build_updater(model: Model, c: GrpoConfig, *, dtype: Any) -> Updater:
         )
         return grpo_loss(out.logprobs_BT, out.entropy_BT, batch, c=c.loss)
 
-    abstract = model.abstract_params(dtype=dtype)
+    abstract = model.abstract_trained(dtype=dtype)
     return Updater(loss, abstract_params=abstract, c=c.optimizer, total_steps=c.steps * c.updates_per_step)
 
 
@@ -72,7 +72,7 @@ def run(b: Built, r: Resources, c: GrpoConfig, *, stage: Stage, start: Position)
     updates = start.updates + start.step * c.updates_per_step
     if start.step < c.steps:
         with r.log.phase("publish"):
-            r.engine.load_weights(updates, state.params)
+            r.engine.load_weights(updates, b.model.merged(r.frozen | state.params))
     with contextlib.closing(RolloutSource(b, r, c, prompts=prompts, first=start.step + 1)) as source:
         for rl_step in range(start.step + 1, c.steps + 1):
             stage.begin(rl_step)
@@ -80,7 +80,7 @@ def run(b: Built, r: Resources, c: GrpoConfig, *, stage: Stage, start: Position)
             rollouts = source.take()
             groups, values = rollouts.groups, describe(rollouts.groups, c, updates=updates)
             with r.log.phase("parity"):
-                values |= parity.check(groups, rl_step=rl_step, params=state.params, updates=updates)
+                values |= parity.check(groups, rl_step=rl_step, params=r.frozen | state.params, updates=updates)
             # 3 credit, 4 pack: one scalar per rollout inside its group; static shapes
             with r.log.phase("pack"):
                 size = len(groups) // c.updates_per_step
@@ -90,14 +90,14 @@ def run(b: Built, r: Resources, c: GrpoConfig, *, stage: Stage, start: Position)
             with r.log.phase("logprobs"):
                 for i, batch in enumerate(batches):
                     if i > 0:
-                        batches[i] = batch = _fill(batch, "old_logprobs_BT", logprobs, state.params)
+                        batches[i] = batch = _fill(batch, "old_logprobs_BT", logprobs, r.frozen | state.params)
                     if reference is not None:
-                        batches[i] = _fill(batch, "ref_logprobs_BT", logprobs, reference)
+                        batches[i] = _fill(batch, "ref_logprobs_BT", logprobs, r.frozen | reference)
             # 5 update: the only place parameters change
             with r.log.phase("update"):
                 stats = []
                 for batch in batches:
-                    state, more = updater.update(state, batch)
+                    state, more = updater.update(state, batch, r.frozen)
                     stats.append(more)
                 # the device is busy meanwhile
                 r.record.keep("grpo", step=rl_step, groups=groups, credit=partial(advantages_of, c=c))
@@ -112,7 +112,7 @@ def run(b: Built, r: Resources, c: GrpoConfig, *, stage: Stage, start: Position)
             check_update("grpo", rl_step, values, max_skipped_in_a_row=c.optimizer.max_skipped_in_a_row)
             # 6 publish: returns once the engine serves these weights, else raises
             with r.log.phase("publish"):
-                r.engine.load_weights(updates, state.params)
+                r.engine.load_weights(updates, b.model.merged(r.frozen | state.params))
                 source.served(rl_step)
             r.log.log("grpo", step=rl_step, values=values, total_steps=c.steps)
             # 7 keep

@@ -51,7 +51,7 @@ def reward_model(model: Model, c: RewardModelConfig) -> RewardModel:
 
 def build_updater(model: Model, c: Config, *, dtype: Any) -> Updater:
     if isinstance(c, PreferenceConfig):
-        abstract = model.abstract_params(dtype=dtype)
+        abstract = model.abstract_trained(dtype=dtype)
 
         def loss(params: Any, batch: PreferenceBatch) -> LossSum:
             return preference_loss(_logprobs(model, params, batch), batch, c=c)
@@ -99,9 +99,9 @@ def run(b: Built, r: Resources, c: Config, *, stage: Stage, start: Position) -> 
         # reference logprobs once a batch, with the weights at the start of the stage
         with r.log.phase("logprobs"):
             if reference is not None:
-                batches = [dataclasses.replace(x, ref_logprobs_BT=logprobs(reference, x)) for x in batches]
+                batches = [dataclasses.replace(x, ref_logprobs_BT=logprobs(r.frozen | reference, x)) for x in batches]
         with r.log.phase("update"):
-            state, stats = updater.update(state, batches)
+            state, stats = updater.update(state, batches, r.frozen)
             values = {k: float(v) for k, v in jax.device_get(stats).items()} | described
         values["comparisons"] = values.pop("tokens")
         values["update_tokens"] = sum(len(s.token_ids) for x in taken for s in x.samples)

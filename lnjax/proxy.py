@@ -66,6 +66,7 @@ def proxy(c: RunConfig) -> RunConfig:
         held_out = replace(c.eval, prompts=replace(prompts, split="heldout"), num_samples=1, sampling=sampling)
     judge = replace(c.reward.judge, address="rule") if c.reward.judge else None
     model = ModelConfig(spec=_spec(c.model.spec), tokenizer="arithmetic", compute_dtype="float32", remat=c.model.remat)
+    model = replace(model, lora=c.model.lora)
     return replace(
         c,
         name=f"{c.name}_proxy",

@@ -83,7 +83,7 @@ def open_sampler(c: RunConfig, *, folder: Path) -> Iterator[Sampler]:
         reward.start()
         engine, _ = build_engine(b, note=print)
         with closing(engine):
-            params = initial_params(b)
+            params = initial_params(b, dtype=b.param_dtype)
             engine.load_weights(0, params)
             yield Sampler(b, engine, build_scores(b, reward), fingerprint(params))
 

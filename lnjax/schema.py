@@ -27,6 +27,19 @@ from lnjax.training import ScorerConfig as ScorerConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685) in place of full training: they alone are trained, checkpointed and handed from
+    stage to stage, over the weights of `source`. What samples, and the exported weights, have them merged in."""
+
+    rank: int = 0
+    """Of each adapter; 0 trains all weights."""
+    alpha: float = 32.0
+    """An adapter's product counts alpha / rank times."""
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    """Kernels that get one, in every block that has them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     source: str = "random"
     """Weights: `random` (needs spec), a folder in Hugging Face format, the folder of an earlier run, a .gguf file, or
@@ -36,9 +49,10 @@ class ModelConfig:
     tokenizer: str = "same"
     """`same` as source, another folder or .gguf, or `arithmetic` (built in: single characters with Llama-3 headers)."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Master weights and optimizer state."""
+    """Master weights (adapters, where they are trained) and optimizer state."""
+    lora: LoraConfig = LoraConfig()
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Activations and matmul operands; logits, norms and losses stay in float32."""
+    """Activations, matmul operands and the weights below adapters; logits, norms and losses stay in float32."""
     remat: Literal["none", "dots", "full"] = "full"
     """What the backward pass recomputes: nothing, all but matmul outputs, or whole blocks."""
 

@@ -29,7 +29,7 @@ def build_updater(model: Model, c: SftConfig, *, dtype: Any) -> Updater:
         )
         return sft_loss(out.logprobs_BT, out.entropy_BT, batch)
 
-    abstract = model.abstract_params(dtype=dtype)
+    abstract = model.abstract_trained(dtype=dtype)
     return Updater(loss, abstract_params=abstract, c=c.optimizer, total_steps=c.steps)
 
 
@@ -48,7 +48,7 @@ def run(b: Built, r: Resources, c: SftConfig, *, stage: Stage, start: Position) 
             batch = stream.take()
             rows = put_rows(b.mesh, microbatches(batch, rows=c.pack.microbatch_rows))
         with r.log.phase("update"):
-            state, stats = updater.update(state, rows)
+            state, stats = updater.update(state, rows, r.frozen)
         tokens = int((batch.segment_ids_BT > 0).sum())
         if pending is not None:  # the device is busy with this step while the last one's numbers are read
             _log(r, c, *pending)

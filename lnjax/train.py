@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lnjax import grpo, preference, sft
 from lnjax.alive import Notice, Watchdog
-from lnjax.build import Built, Resources, build, build_engine, build_scores, initial_params
+from lnjax.build import Built, Resources, build, build_engine, build_scores, frozen_params, initial_trained
 from lnjax.checkpoint.hf import save_hf
 from lnjax.checkpoint.store import Checkpoints
 from lnjax.config import check_run_dir, config_hash, save_config
@@ -92,13 +92,15 @@ def run(c: RunConfig, run_dir: Path, *, watchdog: Watchdog, notice: Notice) -> d
         stack.callback(engine.close)
         if saved:
             log.note(f"resuming {run_dir} from checkpoint {latest}: {saved['stage']} step {saved['step']}")
-        r = Resources(log, store, engine, reward, publisher, streams, record)
+        with log.phase("load"):
+            frozen = frozen_params(b)
+        r = Resources(log, store, engine, reward, publisher, streams, record, frozen)
         with contextlib.closing(Profile(steps if first else range(0), run_dir / "profile")) as profile:
             params, evals = _run_stages(b, r, saved=saved, watchdog=watchdog, notice=notice, profile=profile)
         store.wait()
         if c.checkpoint.export_hf:
             with watchdog.phase("export"):
-                _export(b, params)
+                _export(b, b.model.merged(frozen | params))
         summary = _summarize(b, log, evals) | engine.report() | pool.report() | {"parity": r.parity}
     if first:
         write_json(run_dir / "summary.json", summary)
@@ -137,7 +139,7 @@ def _run_stages(
         updates = saved["updates"] - saved["step"] * getattr(config, "updates_per_step", 1)
     else:
         with r.log.phase("load"):
-            params = initial_params(b)
+            params = initial_trained(b)
         _keep(evals, "init", evaluate(b, r, after="init", step=0, params=params))
     for index in range(first, len(stages)):
         name, config = stages[index]

@@ -1,15 +1,19 @@
 """The bench: same work on both sides, or no time."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from lnjax.bench.__main__ import difference, main, markdown
+from lnjax.bench.ours import Work, train
 from lnjax.bench.shapes import conversations, packed, shape
 from lnjax.errors import ConfigError
+from lnjax.schema import OpsConfig
 from tests.fleet import ROOT, build_environment
 
 
@@ -45,6 +49,19 @@ def test_an_arm_that_is_not_there_is_named(capsys):
     assert "grpo has no arm 'vllm'; use --arms default or none" in capsys.readouterr().err
     assert main(["sft", "--shape", "micro", "--python", "no/such/python"]) == 2
     assert "no no/such/python; build it with" in capsys.readouterr().err
+
+
+def test_a_shape_with_adapters_has_no_arms_and_trains_over_frozen_weights(capsys, tmp_path):
+    assert main(["sft", "--shape", "8b-lora", "--python", sys.executable]) == 2
+    assert "8b-lora trains adapters, which no arm does; use --arms none" in capsys.readouterr().err
+    s = dataclasses.replace(shape("micro"), lora_rank=4, dtype="bfloat16")
+    w = Work(s, OpsConfig(), tmp_path, dense=False, shared=False)
+    model = w.model()
+    adapters, frozen = w.start(model)
+    assert set(adapters) == {"lora"}
+    assert {x.dtype.name for x in jax.tree.leaves(frozen)} == {"bfloat16"}
+    plain = dataclasses.replace(w, shape=dataclasses.replace(s, lora_rank=0))
+    assert train(w).first["loss"] == train(plain).first["loss"]
 
 
 def run(*words):

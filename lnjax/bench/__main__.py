@@ -251,6 +251,8 @@ def main(argv: Sequence[str]) -> int:
         ops = OpsConfig(matmul=options.matmul, attention=options.attention)
         check_ops(ops)
         s = shape(options.shape)
+        if names and s.lora_rank:
+            raise ConfigError(f"bench: {options.shape} trains adapters, which no arm does; use --arms none")
         if options.remat:
             s = dataclasses.replace(s, remat=options.remat)
         with tempfile.TemporaryDirectory(prefix="lnjax-bench-") as folder:

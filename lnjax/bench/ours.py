@@ -19,12 +19,13 @@ from lnjax.checkpoint.hf import save_hf
 from lnjax.data.packing import microbatches
 from lnjax.mesh import make_mesh, put_rows
 from lnjax.models.decoder import Model, rope_tables
-from lnjax.planner.counts import flops_per_token
+from lnjax.planner.counts import flops_per_token, matmul_flops_per_token
 from lnjax.rollout.embedded import EmbeddedEngine
 from lnjax.schema import (
     AdvantageConfig,
     EmbeddedConfig,
     GrpoConfig,
+    LoraConfig,
     MeshConfig,
     ModelConfig,
     OpsConfig,
@@ -69,11 +70,10 @@ class Work:
     seed: int = 0
 
     def model(self) -> Model:
-        c = RunConfig(
-            name="bench",
-            model=ModelConfig(spec=self.shape.spec, compute_dtype=self.shape.dtype, remat=self.shape.remat),
-            ops=self.ops,
-        )
+        s = self.shape
+        lora = LoraConfig(rank=s.lora_rank)
+        c = ModelConfig(spec=s.spec, compute_dtype=s.dtype, remat=s.remat, lora=lora)
+        c = RunConfig(name="bench", model=c, ops=self.ops)
         return build_model(c, spec=self.shape.spec, mesh=make_mesh(MeshConfig(data=jax.device_count(), fsdp=1)))
 
     def params(self, model: Model, *, dtype: str) -> Any:
@@ -83,6 +83,13 @@ class Work:
             folder = self.folder / "weights"
             save_hf(params, spec=self.shape.spec, folder=folder, dtype=self.shape.dtype, finish=lambda _: None)
         return jax.tree.map(lambda x: x.astype(dtype), params)
+
+    def start(self, model: Model) -> tuple[Any, Any]:
+        """(what is trained, in float32; what lies below adapters)."""
+        if not model.lora:
+            return self.params(model, dtype="float32"), {}
+        adapters = model.init_adapters(jax.random.key(self.seed), dtype=jnp.dtype("float32"))
+        return adapters, self.params(model, dtype=self.shape.dtype)
 
     def optimizer(self) -> OptimizerConfig:
         return OptimizerConfig(learning_rate=RATE, b2=0.999)  # as torch.optim.AdamW, without decay
@@ -101,18 +108,20 @@ def train(w: Work) -> Side:
     for i, batch in enumerate(shapes.conversations(s, seed=w.seed, dense=w.dense)):
         sizes = np.array([len(x.token_ids) for x in batch], np.float64)
         tokens.append(sizes.sum())
-        flops.append(sizes.sum() * flops_per_token(s.spec, context=(sizes**2).sum() / sizes.sum()))
+        each = flops_per_token(s.spec, context=(sizes**2).sum() / sizes.sum())
+        # A kernel below an adapter has no gradient: a third of its products are not made.
+        flops.append(sizes.sum() * (each - (matmul_flops_per_token(s.spec) / 3 if model.lora else 0)))
         rows = shapes.packed(s, batch).batch()
         batches.append(put_rows(model.compute.ops.mesh, microbatches(rows, rows=s.microbatch_rows)))
         arrays |= {f"{f.name}_{i}": getattr(rows, f.name) for f in dataclasses.fields(rows)}
         for j, x in enumerate(batch):
             arrays |= {f"ids_{i}_{j}": np.array(x.token_ids), f"mask_{i}_{j}": np.array(x.loss_mask)}
     np.savez(w.folder / "work.npz", **arrays)
-    state = updater.init(w.params(model, dtype="float32"), step=0, rng=jax.random.key(1))
-    kept = {"state": state}
+    trained, frozen = w.start(model)
+    kept = {"state": updater.init(trained, step=0, rng=jax.random.key(1))}
 
     def update(k: int) -> Any:
-        kept["state"], stats = updater.update(kept["state"], batches[k % len(batches)])
+        kept["state"], stats = updater.update(kept["state"], batches[k % len(batches)], frozen)
         return stats
 
     first = {name: float(x) for name, x in update(0).items() if name in ("loss", "grad_norm")}
@@ -200,8 +209,9 @@ def reinforce(w: Work) -> Side:
         optimizer=w.optimizer(),
     )
     engine, updater = _engine(w, model, slots=s.prompts * s.samples), grpo.build_updater(model, c, dtype=jnp.float32)
-    kept = {"state": updater.init(w.params(model, dtype="float32"), step=0, rng=jax.random.key(1))}
-    engine.load_weights(0, kept["state"].params)
+    trained, frozen = w.start(model)
+    kept = {"state": updater.init(trained, step=0, rng=jax.random.key(1))}
+    engine.load_weights(0, model.merged(frozen | kept["state"].params))
     first = _greedy(engine, prompts)
 
     def iteration(k: int) -> Any:
@@ -211,8 +221,8 @@ def reinforce(w: Work) -> Side:
             for p, group in zip(prompts, completions, strict=True)
         ]
         rows = put_rows(model.compute.ops.mesh, grpo.pack_part(grpo.credit(groups, c=c), c=c, first=True))
-        kept["state"], stats = updater.update(kept["state"], rows)
-        engine.load_weights(k + 1, kept["state"].params)
+        kept["state"], stats = updater.update(kept["state"], rows, frozen)
+        engine.load_weights(k + 1, model.merged(frozen | kept["state"].params))
         return stats
 
     return Side(first, {"iteration": iteration}, {"iteration": s.prompts * s.samples * s.new_tokens})

@@ -24,6 +24,8 @@ class Shape:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute; master weights and optimizer state are float32 for training, else of this dtype."""
     remat: Literal["none", "dots", "full"] = "none"
+    lora_rank: int = 0
+    """Where positive, adapters alone are trained and the weights below them are of `dtype`. The other arms know no adapters."""
     conversations: int = 64
     """Of one update (sft)."""
     row_tokens: int = 512
@@ -73,6 +75,7 @@ def shape(name: str) -> Shape:
         "8b": lambda: Shape(
             spec=family("nano8b"), microbatch_rows=1, prompts=32, prompt_tokens=896, new_tokens=128, **gpu
         ),
+        "8b-lora": lambda: Shape(spec=family("nano8b"), microbatch_rows=1, lora_rank=16, **{**gpu, "remat": "full"}),
         "layer-4096": lambda: Shape(
             spec=_llama(1, 4096, 32, 8, 14336, 128256), microbatch_rows=2, **{**gpu, "remat": "none"}
         ),

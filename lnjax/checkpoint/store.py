@@ -28,6 +28,7 @@ from orbax.checkpoint.experimental import v1 as ocp
 from lnjax.distributed import from_first
 from lnjax.errors import CheckpointError
 from lnjax.metrics import progress
+from lnjax.models.lora import LORA
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback of what it also raises
 
@@ -145,6 +146,10 @@ class Checkpoints:
         """Only the parameters (`state/params/…` of a run, `params/…` of converted weights), in their saved dtype."""
         manifest = self._verify(number)
         prefix = next((p for p in PARAMS if any(n.startswith(p) for n in manifest["arrays"])), PARAMS[0])
+        if any(n.startswith(f"{prefix}{LORA}/") for n in manifest["arrays"]):
+            raise CheckpointError(
+                f"{self._path(number)}: holds a run's adapters, not its weights; give RUN_DIR/hf, where they are merged in"
+            )
         where = {prefix + name: leaf for name, leaf in flatten(shardings).items()}
         saved = {n: e for n, e in manifest["arrays"].items() if n.startswith(prefix)}
         wanted: dict[str, Any] = {

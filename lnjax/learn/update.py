@@ -1,6 +1,7 @@
 """The update step: exact accumulation over microbatches, one optimizer step, donated state.
 
-`loss_fn(params, microbatch) -> LossSum`. Gradients of loss *sums* add up in float32 and are divided by the total count
+`loss_fn(params, microbatch) -> LossSum`; what is trained may be a part of `params`, the rest comes with every call and stays
+as it is. Gradients of loss *sums* add up in float32 and are divided by the total count
 once, so neither the number of microbatches nor the number of devices changes the result. The microbatch program has a
 static shape and is compiled once, whatever number of microbatches a batch has.
 """
@@ -35,7 +36,7 @@ class Updater:
         where = jax.tree.map(lambda x: x.sharding, abstract_params)
         state = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         self._first = jax.jit(functools.partial(_gradient, loss_fn), out_shardings=(where, None))
-        self._next = jax.jit(functools.partial(_accumulate, loss_fn), out_shardings=(where, None), donate_argnums=(1,))
+        self._next = jax.jit(functools.partial(_accumulate, loss_fn), out_shardings=(where, None), donate_argnums=(2,))
         self._apply = jax.jit(
             jax.named_scope("optimizer")(self._apply_gradient), out_shardings=(state, None), donate_argnums=(0,)
         )
@@ -73,9 +74,9 @@ class Updater:
             rng=place(shapes.rng, replicated),
         )
 
-    def abstract_gradient(self, batch: Any) -> tuple[Any, LossSum]:
+    def abstract_gradient(self, batch: Any, frozen: Any = None) -> tuple[Any, LossSum]:
         """What `gradient` returns, as ShapeDtypeStructs with shardings. `batch`: one microbatch of ShapeDtypeStructs."""
-        grads, sums = jax.eval_shape(self._first, self._params, batch)
+        grads, sums = jax.eval_shape(self._first, self._params, frozen or {}, batch)
         mesh = jax.tree.leaves(self._params)[0].sharding.mesh
         whole = NamedSharding(mesh, PartitionSpec())
         grads = jax.tree.map(
@@ -83,23 +84,26 @@ class Updater:
         )
         return grads, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), sums)
 
-    def lower(self, state: TrainState, so_far: tuple[Any, LossSum], batch: Any, *, accumulate: bool) -> dict[str, Any]:
+    def lower(
+        self, state: TrainState, so_far: tuple[Any, LossSum], batch: Any, *, accumulate: bool, frozen: Any = None
+    ) -> dict[str, Any]:
         """The programs of `update`, lowered for abstract arguments: where they will run need not be here."""
-        gradient = (
-            self._next.lower(state.params, so_far, batch) if accumulate else self._first.lower(state.params, batch)
-        )
+        given = state.params, frozen or {}
+        gradient = self._next.lower(*given, so_far, batch) if accumulate else self._first.lower(*given, batch)
         return {"gradient": gradient, "apply": self._apply.lower(state, *so_far)}
 
-    def gradient(self, params: Any, microbatches: Sequence[Any]) -> tuple[Any, LossSum]:
-        """(gradient of the loss *sum*, summed LossSum)."""
-        grads, sums = self._first(params, microbatches[0])
+    def gradient(self, params: Any, microbatches: Sequence[Any], frozen: Any = None) -> tuple[Any, LossSum]:
+        """(gradient of the loss *sum*, summed LossSum). `frozen`: parameters beside `params` that have none."""
+        grads, sums = self._first(params, frozen or {}, microbatches[0])
         for batch in microbatches[1:]:
-            grads, sums = self._next(params, (grads, sums), batch)
+            grads, sums = self._next(params, frozen or {}, (grads, sums), batch)
         return grads, sums
 
-    def update(self, state: TrainState, microbatches: Sequence[Any]) -> tuple[TrainState, dict[str, Array]]:
+    def update(
+        self, state: TrainState, microbatches: Sequence[Any], frozen: Any = None
+    ) -> tuple[TrainState, dict[str, Array]]:
         """One optimizer step over all microbatches. Stats are float32 scalars still on the device."""
-        grads, sums = self.gradient(state.params, microbatches)
+        grads, sums = self.gradient(state.params, microbatches, frozen)
         return self._apply(state, grads, sums)
 
     def _apply_gradient(self, state: TrainState, grads: Any, sums: LossSum) -> tuple[TrainState, dict[str, Array]]:
@@ -130,18 +134,20 @@ class Updater:
         return new, stats
 
 
-def _gradient(loss_fn: LossFn, params: Any, batch: Any) -> tuple[Any, LossSum]:
+def _gradient(loss_fn: LossFn, params: Any, frozen: Any, batch: Any) -> tuple[Any, LossSum]:
     def total(params):
-        sums = loss_fn(params, batch)
+        sums = loss_fn(frozen | params, batch)
         return sums.total, sums
 
     grads, sums = jax.grad(total, has_aux=True)(params)
     return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
 
 
-def _accumulate(loss_fn: LossFn, params: Any, so_far: tuple[Any, LossSum], batch: Any) -> tuple[Any, LossSum]:
+def _accumulate(
+    loss_fn: LossFn, params: Any, frozen: Any, so_far: tuple[Any, LossSum], batch: Any
+) -> tuple[Any, LossSum]:
     grads, sums = so_far
-    more, new = _gradient(loss_fn, params, batch)
+    more, new = _gradient(loss_fn, params, frozen, batch)
     total = LossSum(sums.total + new.total, sums.count + new.count, add_metrics(sums.metrics, new.metrics))
     return jax.tree.map(jnp.add, grads, more), total
 

@@ -17,12 +17,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from lnjax.mesh import check_divisible, constrain, platform, positions_axis, sharding
+from lnjax.mesh import constrain, platform, positions_axis, sharding
+from lnjax.models.lora import LORA, Adapter, abstract, adapt, merge
 from lnjax.models.spec import Run, runs
 from lnjax.ops.embed import embed_xla
 from lnjax.ops.head import HeadOutput
+from lnjax.ops.matmul import matmul_xla
 from lnjax.ops.select import Ops
-from lnjax.schema import ModelSpec, RopeSpec
+from lnjax.schema import LoraConfig, ModelSpec, RopeSpec
 
 Params = Any
 """Nested dict of arrays: embed, final_norm, head (untied), runs/<i>/{attention,ffn}/<name>."""
@@ -58,6 +60,8 @@ def _place(x_BTD: Array, c: Compute, *, between_blocks: bool) -> Array:
 class Kernels(nnx.Module):
     """Named parameters of one part, each with its logical axes; stacked over the run's layers."""
 
+    lora_scale: float  # alpha / rank, where the part has adapters
+
     def __init__(self, shapes: dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]], *, scale: float, rngs):
         for name, (shape, logical) in shapes.items():
             value = jnp.ones(shape) if name == "norm" else scale * jax.random.normal(rngs.params(), shape)
@@ -67,6 +71,14 @@ class Kernels(nnx.Module):
         """The kernel of one layer in compute dtype, gathered over fsdp and context (still split over tensor)."""
         param = getattr(self, name)
         return gather(param[...], param.get_metadata()["logical"][1:], c)
+
+    def project(self, x: Array, name: str, c: Compute) -> Array:
+        """Through the kernel of one layer, and through its adapter (W x + s B A x, arXiv 2106.09685) where it has one."""
+        y = c.ops.matmul(x, self.use(name, c))
+        if not hasattr(self, f"{name}_a"):
+            return y
+        low = matmul_xla(x, self.use(f"{name}_a", c))
+        return y + self.lora_scale * matmul_xla(low, self.use(f"{name}_b", c))
 
     def enter(self, x_BTD: Array, eps: float, c: Compute) -> Array:
         """The normed residual stream, gathered over tensor."""
@@ -105,9 +117,9 @@ class Attention(Kernels):
     def __call__(self, x_BTD: Array, rope: tuple[Array, Array], attend: Attend, c: Compute) -> Array:
         x = self.enter(x_BTD, self.eps, c)
         shape = (*x.shape[:-1], -1, self.head_dim)
-        q, k, v = (c.ops.matmul(x, self.use(name, c)).reshape(shape) for name in ("q", "k", "v"))
+        q, k, v = (self.project(x, name, c).reshape(shape) for name in ("q", "k", "v"))
         out = attend(rotate(q, rope), rotate(k, rope), v)
-        return self.leave(c.ops.matmul(out.reshape(*x.shape[:-1], -1), self.use("o", c)), c)
+        return self.leave(self.project(out.reshape(*x.shape[:-1], -1), "o", c), c)
 
 
 class Ffn(Kernels):
@@ -130,8 +142,8 @@ class Ffn(Kernels):
 
     def __call__(self, x_BTD: Array, c: Compute) -> Array:
         x = self.enter(x_BTD, self.eps, c)
-        gated = jax.nn.silu(c.ops.matmul(x, self.use("gate", c))) * c.ops.matmul(x, self.use("up", c))
-        return self.leave(c.ops.matmul(gated, self.use("down", c)), c)
+        gated = jax.nn.silu(self.project(x, "gate", c)) * self.project(x, "up", c)
+        return self.leave(self.project(gated, "down", c), c)
 
 
 class Blocks(nnx.Module):
@@ -169,8 +181,8 @@ class Decoder(nnx.Module):
 
 
 @functools.cache
-def _abstract(spec: ModelSpec) -> Decoder:
-    return nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(params=0)))
+def _abstract(spec: ModelSpec, lora: LoraConfig | None = None) -> Decoder:
+    return nnx.eval_shape(lambda: adapt(Decoder(spec, rngs=nnx.Rngs(params=0)), lora, rngs=nnx.Rngs(params=0)))
 
 
 def rms_norm(x: Array, weight: Array, *, eps: float) -> Array:
@@ -213,6 +225,8 @@ class Model:
 
     spec: ModelSpec
     compute: Compute
+    lora: LoraConfig | None = None
+    """Adapters that training makes; a tree of parameters has them or not."""
 
     def init_params(self, key: Array, *, dtype: jnp.dtype) -> Params:
         """Random weights (normal, `initializer_range`), born sharded. The same key gives the same weights on any mesh."""
@@ -226,14 +240,33 @@ class Model:
 
     def abstract_params(self, *, dtype: jnp.dtype) -> Params:
         """The tree as jax.ShapeDtypeStruct with shardings. Raises ConfigError where the mesh does not divide a dim."""
-        mesh = self.compute.ops.mesh
+        return abstract(nnx.state(_abstract(self.spec), nnx.Param), dtype=dtype, mesh=self.compute.ops.mesh)
 
-        flat = {}
-        for path, param in nnx.to_flat_state(nnx.state(_abstract(self.spec), nnx.Param)):
-            logical = param.get_metadata()["logical"]
-            check_divisible(mesh, name="/".join(map(str, path)), shape=param.shape, logical=logical)
-            flat[path] = jax.ShapeDtypeStruct(param.shape, dtype, sharding=sharding(mesh, *logical))
-        return nnx.traversals.unflatten_mapping(flat)
+    def abstract_trained(self, *, dtype: jnp.dtype) -> Params:
+        """What training changes, likewise: all parameters, or adapters alone (`{LORA: ...}`)."""
+        if self.lora is None:
+            return self.abstract_params(dtype=dtype)
+        state = nnx.state(_abstract(self.spec, self.lora), Adapter)
+        return {LORA: abstract(state, dtype=dtype, mesh=self.compute.ops.mesh)}
+
+    def abstract_frozen(self) -> Params:
+        """The rest, in compute dtype; `{}` without adapters. `frozen | trained` is what the model computes with."""
+        return self.abstract_params(dtype=self.compute.dtype) if self.lora else {}
+
+    def init_adapters(self, key: Array, *, dtype: jnp.dtype) -> Params:
+        """New adapters, born sharded, under which the model computes what it does without them."""
+
+        def init(key):
+            rngs = nnx.Rngs(params=key)
+            decoder = adapt(Decoder(self.spec, rngs=rngs), self.lora, rngs=rngs)
+            return {LORA: jax.tree.map(lambda x: x.astype(dtype), nnx.to_pure_dict(nnx.state(decoder, Adapter)))}
+
+        where = jax.tree.map(lambda x: x.sharding, self.abstract_trained(dtype=dtype))
+        return jax.jit(init, out_shardings=where)(key)
+
+    def merged(self, params: Params) -> Params:
+        """Parameters without adapters, the same model."""
+        return merge(params, self.lora) if self.lora else params
 
     def shardings(self) -> Params:
         """NamedSharding of every parameter."""
@@ -241,8 +274,9 @@ class Model:
 
     def stacks(self, params: Params) -> list["Blocks"]:
         """The runs as modules over `params`, each still stacked over its layers."""
-        graph, state = nnx.split(_abstract(self.spec))
-        nnx.replace_by_pure_dict(state, params)
+        graph, state = nnx.split(_abstract(self.spec, self.lora if LORA in params else None))
+        nnx.replace_by_pure_dict(state, {k: v for k, v in params.items() if k != LORA})
+        nnx.replace_by_pure_dict(state, params.get(LORA, {}))
         decoder = nnx.merge(graph, state)
         return [decoder.runs[str(i)] for i in range(len(runs(self.spec)))]
 
@@ -303,11 +337,12 @@ class Model:
 
         x = self.embed(params, tokens_BT)
         for stack in self.stacks(params):
-            graph, layers = nnx.split(stack)
+            graph, *layers = nnx.split(stack, Adapter if LORA in params else nnx.Param, ...)
 
             def layer(x, params_of_layer, graph=graph):
-                x, params_of_layer = _settle((x, params_of_layer))
-                return nnx.merge(graph, params_of_layer)(x, rope, attend, c), None
+                trained, frozen = params_of_layer
+                x, trained = _settle((x, trained))
+                return nnx.merge(graph, trained, frozen)(x, rope, attend, c), None
 
             length = len(jax.tree.leaves(layers)[0])
             unroll = UNROLL[platform(c.ops.mesh)]

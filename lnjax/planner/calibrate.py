@@ -104,7 +104,7 @@ class Learner:
         so_far = updater.abstract_gradient(self._batch)
         lowered = updater.lower(self._state, so_far, self._batch, accumulate=False)
         self._gradient, self._apply = programs = [x.compile() for x in lowered.values()]
-        found = self._gradient(self._state.params, self._batch)
+        found = self._gradient(self._state.params, {}, self._batch)
         resident = sum(x.nbytes for x in jax.live_arrays() if id(x) not in before)
         self.bytes = resident + max(x.memory_analysis().temp_size_in_bytes for x in programs)
         del found
@@ -115,7 +115,7 @@ class Learner:
         """Steps for a while, their seconds at the end of `taken`."""
         end = time.perf_counter() + SECONDS
         while (start := time.perf_counter()) < end:
-            found = self._gradient(self._state.params, self._batch)
+            found = self._gradient(self._state.params, {}, self._batch)
             self._state, stats = self._apply(self._state, *found)
             jax.block_until_ready((self._state, stats))
             self.taken.append(time.perf_counter() - start)

@@ -168,12 +168,13 @@ def compile_job(job: Job, devices: list[Any]) -> Compiled:
     updater: Updater = loop.build_updater(model, part, dtype=jnp.dtype(c.model.param_dtype))
     state = updater.abstract_state()
     batch = abstract_batch(mesh, stage=job.stage, rows=part.pack.microbatch_rows, row_tokens=part.pack.row_tokens)
-    grads = updater.abstract_gradient(batch)
+    frozen = model.abstract_frozen()
+    grads = updater.abstract_gradient(batch, frozen)
     options = OPTIONS if has_cuda_plugin() and devices[0].platform != "cpu" else {}
     if c.ops.matmul == "fp8":  # without a GPU to measure on, XLA makes FP8 products by Triton alone
         options = {k: v for k, v in options.items() if k != "xla_gpu_enable_triton_gemm"}
     programs = []
-    for name, lowered in updater.lower(state, grads, batch, accumulate=job.accumulate).items():
+    for name, lowered in updater.lower(state, grads, batch, accumulate=job.accumulate, frozen=frozen).items():
         start = time.monotonic()
         program = lowered.compile(compiler_options=options)
         text = program.as_text()
@@ -199,7 +200,7 @@ def compile_job(job: Job, devices: list[Any]) -> Compiled:
         exact=bool(options),
         programs=programs,
         state_bytes={
-            "parameters": device_bytes(state.params),
+            "parameters": device_bytes((state.params, frozen)),
             "optimizer": device_bytes(state.opt_state),
             "gradients": device_bytes(grads[0]),
             "reference": device_bytes(state.params) * reference,
