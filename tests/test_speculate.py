@@ -161,7 +161,7 @@ def test_knobs_that_make_no_sense_are_named(make_model):
 
 # The distribution: 20,480 samples of four tokens, against the exact one and against the engine without drafts.
 
-LOOP = Prompt("p/loop", (3, 4, 5, 3, 4, 5, 3, 4), "integer", {})
+LOOP = Prompt("p/loop", (3, 1, 3, 1, 1, 1, 1, 1), "integer", {})  # what this model says when it is greedy
 NUM_SAMPLES, NUM_TOKENS, VOCAB = 20480, 4, 16
 MANY = EmbeddedConfig(
     num_slots=1024,
@@ -185,47 +185,39 @@ def draw(model, params, *, seed, speculate=3):
 
 def exact_pairs(model, params):
     """[position][V, V]: the exact joint distribution of tokens 0-1, 1-2 and 2-3, nucleus and all, written out in numpy."""
-
-    def probs(context):
-        tokens = np.concatenate([np.tile(LOOP.token_ids, (len(context), 1)), context], axis=1)
-        logits = np.asarray(jax.jit(model.logits)(params, jnp.asarray(tokens, jnp.int32)))[:, -1].astype(np.float64)
-        p = np.exp(logits - logits.max(-1, keepdims=True))
-        p /= p.sum(-1, keepdims=True)
-        order = np.argsort(-p, axis=-1)
-        ranked = np.take_along_axis(p, order, -1)
-        np.put_along_axis(p, order, np.where(ranked.cumsum(-1) - ranked < 0.9, ranked, 0), -1)
-        return p / p.sum(-1, keepdims=True)
-
-    joint, pairs = probs(np.zeros((1, 0), int))[0], []
-    for i in range(1, NUM_TOKENS):
-        context = np.stack(np.unravel_index(np.arange(VOCAB**i), (VOCAB,) * i), axis=1)
-        joint = joint[..., None] * probs(context).reshape(*joint.shape, VOCAB)
-        pairs.append(joint.reshape(-1, VOCAB, VOCAB).sum(0))
-    return pairs
+    context = np.stack(np.unravel_index(np.arange(VOCAB**3), (VOCAB,) * 3), axis=1)
+    tokens = np.concatenate([np.tile(LOOP.token_ids, (len(context), 1)), context], axis=1)
+    logits = np.asarray(jax.jit(model.logits)(params, jnp.asarray(tokens, jnp.int32)))[:, len(LOOP.token_ids) - 1 :]
+    p = np.exp(logits.astype(np.float64))
+    p /= p.sum(-1, keepdims=True)
+    order = np.argsort(-p, axis=-1)
+    ranked = np.take_along_axis(p, order, -1)
+    np.put_along_axis(p, order, np.where(ranked.cumsum(-1) - ranked < 0.9, ranked, 0), -1)
+    p = (p / p.sum(-1, keepdims=True)).reshape(VOCAB, VOCAB, VOCAB, NUM_TOKENS, VOCAB)
+    two = p[0, 0, 0, 0][:, None] * p[:, 0, 0, 1]
+    three = two[..., None] * p[:, :, 0, 2]
+    four = three[..., None] * p[:, :, :, 3]
+    return [two, three.sum(0), four.sum((0, 1))]
 
 
 def p_values(got, pairs, plain):
     """Of tests that consecutive pairs of tokens are as exact, and as from the engine without drafts; rare pairs as one."""
     out = []
     for i, pair in enumerate(pairs):
-        seen, other = (np.bincount(x[:, i] * VOCAB + x[:, i + 1], minlength=VOCAB**2) for x in (got, plain))
         expected = pair.ravel() * NUM_SAMPLES
         often = expected >= 10
-        table = [np.append(x[often], x[~often].sum()) for x in (seen, other, expected)]
-        if table[2][-1] == 0:
-            assert table[0][-1] == table[1][-1] == 0 or plain is not got
-            table = [x[:-1] for x in table]
-        both = np.stack(table[:2])
-        _, one = chisquare(table[0], table[2] * table[0].sum() / table[2].sum())
-        _, two, _, _ = chi2_contingency(both[:, both.sum(0) > 0])
-        out += [float(one), float(two)]
+        seen, other = (np.bincount(x[:, i] * VOCAB + x[:, i + 1], minlength=VOCAB**2) for x in (got, plain))
+        seen, other, expected = (np.append(x[often], x[~often].sum()) for x in (seen, other, expected))
+        out.append(chisquare(seen, np.maximum(expected, 1e-6) * seen.sum() / np.maximum(expected, 1e-6).sum())[1])
+        both = np.stack([seen, other])
+        out.append(chi2_contingency(both[:, both.sum(0) > 0])[1])
     return out
 
 
 @pytest.fixture(scope="module")
 def tiny(make_model):
-    model = make_model(llama(vocab_size=VOCAB, initializer_range=0.4))
-    params = model.init_params(jax.random.key(3), dtype=jnp.float32)
+    model = make_model(llama(vocab_size=VOCAB, initializer_range=0.3))
+    params = model.init_params(jax.random.key(1), dtype=jnp.float32)
     plain, _ = draw(model, params, seed=1, speculate=0)
     return model, params, exact_pairs(model, params), plain
 
