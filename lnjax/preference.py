@@ -118,7 +118,7 @@ def _answers(
 ) -> list[RolloutGroup]:
     """Scored answers of the policy as it is."""
     with r.log.phase("publish"):
-        r.engine.load_weights(version, params)
+        r.engine.load_weights(version, b.model.merged(r.frozen | params))
     groups, seconds = sample_groups(b, r, asked, num_samples=c.samples_per_prompt, sampling=c.sampling, seed=seed)
     for name, taken in seconds.items():
         r.log.spent(name, taken)

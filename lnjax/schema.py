@@ -97,6 +97,10 @@ class EmbeddedConfig:
     """Prompt and cache lengths are bucketed to this many tokens times a power of two; one program a bucket."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Weights, KV cache and activations."""
+    speculate: int = 0
+    """Draft tokens checked in one decoding step, looked up in the sequence itself; the samples stay the same. 0: off."""
+    ngram: int = 2
+    """Drafts are what followed the last earlier place of so many final tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -225,12 +225,12 @@ def _add(total: Array, part: Array, at: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(total, old + part, at, 0)
 
 
-def attend_cached(q_SNH: Array, k_SKTH: Array, v_SKTH: Array, num_keys_S: Array) -> Array:
-    """One query a slot against the first `num_keys_S` entries of its cache; [S, N, H] in q's dtype."""
-    s, n, h = q_SNH.shape
+def attend_cached(q_SJNH: Array, k_SKTH: Array, v_SKTH: Array, num_keys_SJ: Array) -> Array:
+    """J queries a slot, each against the first `num_keys_SJ` entries of the slot's cache; [S, J, N, H] in q's dtype."""
+    s, j, n, h = q_SJNH.shape
     kv, t = k_SKTH.shape[1:3]
-    q = q_SNH.reshape(s, kv, n // kv, h)
-    scores = jnp.einsum("skgh,skth->skgt", q, k_SKTH, preferred_element_type=jnp.float32) * h**-0.5
-    seen = (jnp.arange(t)[None] < num_keys_S[:, None])[:, None, None]
+    q = q_SJNH.reshape(s, j, kv, n // kv, h)
+    scores = jnp.einsum("sjkgh,skth->skjgt", q, k_SKTH, preferred_element_type=jnp.float32) * h**-0.5
+    seen = (jnp.arange(t)[None, None] < num_keys_SJ[..., None])[:, None, :, None]
     weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
-    return jnp.einsum("skgt,skth->skgh", weights.astype(v_SKTH.dtype), v_SKTH).reshape(s, n, h)
+    return jnp.einsum("skjgt,skth->sjkgh", weights.astype(v_SKTH.dtype), v_SKTH).reshape(s, j, n, h)

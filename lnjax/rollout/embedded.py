@@ -4,6 +4,8 @@ Continuous batching: `num_slots` sequences decode together; a slot whose sequenc
 two chunks of tokens. A prompt is prefilled once and its keys and values are copied into the slots of all its samples.
 Every program has a static shape (prompt length, cache window: buckets), so after each bucket was seen once nothing
 compiles again. A sample depends on (seed, prompt id, sample index) alone, whatever else is in the batch.
+
+With `speculate`, a step runs the newest token and K drafts; their logits say at the next step how many drafts stand.
 """
 
 import dataclasses
@@ -20,12 +22,13 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lnjax.errors import RolloutError
+from lnjax.errors import ConfigError, RolloutError
 from lnjax.mesh import check_divisible, constrain, put_rows, sharding
 from lnjax.models.decoder import Model, Params, rope_tables
 from lnjax.models.fingerprint import fingerprint
 from lnjax.ops.attention import attend_cached
 from lnjax.ops.sample import sample
+from lnjax.rollout.speculate import accept, cut, propose
 from lnjax.schema import EmbeddedConfig
 from lnjax.types import Completion, Prompt, SamplingParams, WeightVersion
 
@@ -38,12 +41,16 @@ class Slots(NamedTuple):
 
     cache: Layers
     """Each [S, K, T, H]."""
-    hidden_SD: Array
-    """Final hidden state that predicts the slot's next token."""
+    history_ST: Array
+    """The slot's own tokens, where drafts are looked up."""
+    draft_SK: Array
+    """Tokens in the cache behind the slot's own, not accepted yet; -1: none."""
+    hidden_SJD: Array
+    """Final hidden states that predict the slot's next token and those after each draft."""
     keys_S: Array
     """One random key a slot."""
     length_S: Array
-    """Tokens in the cache."""
+    """Tokens in the cache, drafts aside. What lies behind is overwritten before anything reads it."""
     num_new_S: Array
     """Tokens sampled so far."""
     active_S: Array
@@ -63,6 +70,7 @@ class Sequence:
 class Prefix:
     """Prompts prefilled together, and the samples still waiting for a slot."""
 
+    tokens_RT: Array
     layers: Layers
     hidden_RD: Array
     lengths: list[int]
@@ -77,10 +85,14 @@ class EmbeddedEngine:
         compute = dataclasses.replace(model.compute, dtype=jnp.dtype(c.dtype), remat="none")
         self._model = dataclasses.replace(model, compute=compute)
         self._mesh, self._c, self._key = compute.ops.mesh, c, key
+        for name, got, least in (("speculate", c.speculate, 0), ("ngram", c.ngram, 1)):
+            if got < least:
+                raise ConfigError(f"engine.{name} is {got}, expected at least {least}; set --engine.{name}")
         for name, rows in (("engine.num_slots", c.num_slots), ("engine.prefill_rows", c.prefill_rows)):
             check_divisible(self._mesh, name=name, shape=(rows,), logical=("batch",))
         self._version: WeightVersion | None = None
         self._lock, self._swaps = threading.Lock(), 0
+        self._tokens = self._steps = 0
         self._weights: Params = None
         self._cache: Layers | None = None
         self._load = jax.jit(self._cast, out_shardings=self._model.unstacked_shardings())
@@ -98,7 +110,10 @@ class EmbeddedEngine:
         return version
 
     def report(self) -> dict[str, Any]:
-        return {"sync": {"swaps": self._swaps}}
+        """Accepted drafts a step and slot, over all `generate` calls, where it speculates."""
+        accepted = self._tokens / self._steps - 1 if self._steps else 0.0
+        speculation = {"speculation": {"accepted_per_step": accepted}} if self._c.speculate else {}
+        return {"sync": {"swaps": self._swaps}} | speculation
 
     def close(self) -> None:
         self._weights = self._cache = None
@@ -155,11 +170,10 @@ class EmbeddedEngine:
                     prefix = self._prefill_rows([prompts[i] for i in rows], [batch[i] for i in rows])
                 slots = self._fill(slots, prefix, running, prompts, seed)
             longest = max(len(prompts[s.prompt].token_ids) + len(s.tokens) for s in running.values())
-            window = self._bucket(min(longest + self._c.decode_chunk, self._c.max_len))
-            slots, tokens, logprobs, counts, active = self._decode(
-                self._weights, slots, window=window, sampling=sampling
-            )
-            tokens, logprobs, counts, active = jax.device_get((tokens, logprobs, counts, active))
+            window = self._bucket(min(longest + self._c.decode_chunk + 2 * self._c.speculate, self._c.max_len))
+            slots, *out = self._decode(self._weights, slots, window=window, sampling=sampling)
+            tokens, logprobs, counts, active, steps = jax.device_get(out)
+            self._tokens, self._steps = self._tokens + int(counts.sum()), self._steps + int(steps)
             for slot, sequence in list(running.items()):
                 sequence.tokens += tokens[slot, : counts[slot]].tolist()
                 sequence.logprobs += logprobs[slot, : counts[slot]].tolist()
@@ -180,9 +194,10 @@ class EmbeddedEngine:
         for row, prompt in enumerate(prompts):
             lengths[row] = len(prompt.token_ids)
             tokens[row, : lengths[row]] = prompt.token_ids
-        layers, hidden = self._prefill(self._weights, *put_rows(self._mesh, (tokens, lengths)))
+        on_device, length = put_rows(self._mesh, (tokens, lengths))
+        layers, hidden = self._prefill(self._weights, on_device, length)
         waiting = deque((row, s) for row, group in enumerate(groups) for s in group)
-        return Prefix(layers, hidden, lengths.tolist(), waiting)
+        return Prefix(on_device, layers, hidden, lengths.tolist(), waiting)
 
     def _fill(
         self, slots: Slots, prefix: Prefix, running: dict[int, Sequence], prompts: list[Prompt], seed: int
@@ -199,7 +214,8 @@ class EmbeddedEngine:
             identity[slot] = zlib.crc32(prompts[sequence.prompt].id.encode()), sequence.sample
             running[slot] = sequence
         rows = put_rows(self._mesh, (row, length, identity))
-        return self._admit(slots, prefix.layers, prefix.hidden_RD, jax.random.fold_in(self._key, seed), *rows)
+        key = jax.random.fold_in(self._key, seed)
+        return self._admit(slots, prefix.tokens_RT, prefix.layers, prefix.hidden_RD, key, *rows)
 
     def _empty_slots(self) -> Slots:
         spec, size, dtype = self._model.spec, self._c.num_slots, self._model.compute.dtype
@@ -212,10 +228,12 @@ class EmbeddedEngine:
                     keys, values = (jnp.zeros(shape, dtype, device=where) for _ in range(2))
                     self._cache.append((keys, values))
         cache, self._cache = self._cache, None  # donated to the first admission
-        zero, hidden = np.zeros((size,), np.int32), np.zeros((size, spec.d_model), dtype)
-        hidden, length, num_new, active = put_rows(self._mesh, (hidden, zero, zero.copy(), zero.astype(bool)))
-        keys = jax.random.wrap_key_data(put_rows(self._mesh, np.zeros((size, 2), np.uint32)))
-        return Slots(cache, hidden, keys, length, num_new, active)
+        drafts = self._c.speculate
+        shapes = [((size, self._c.max_len), np.int32), ((size, drafts), np.int32)]
+        shapes += [((size, drafts + 1, spec.d_model), dtype), ((size, 2), np.uint32)]
+        shapes += [((size,), np.int32), ((size,), np.int32), ((size,), np.bool_)]
+        history, draft, hidden, keys, *rest = put_rows(self._mesh, [np.zeros(*x) for x in shapes])
+        return Slots(cache, history, draft, hidden, jax.random.wrap_key_data(keys), *rest)
 
     # Programs, on the device.
 
@@ -244,6 +262,7 @@ class EmbeddedEngine:
     def _run_admit(
         self,
         slots: Slots,
+        tokens_RT: Array,
         layers: Layers,
         hidden_RD: Array,
         key: Array,
@@ -259,11 +278,14 @@ class EmbeddedEngine:
             merged = jnp.where(new[:, None, None, None], prefix[row, :, :width], cache[:, :, :width])
             return jax.lax.dynamic_update_slice(cache, merged, (0, 0, 0, 0))
 
+        tokens = jnp.where(new[:, None], tokens_RT[row], slots.history_ST[:, : tokens_RT.shape[1]])
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i[0]), i[1]))(identity_S2)
         data = jnp.where(new[:, None], jax.random.key_data(keys), jax.random.key_data(slots.keys_S))
         return Slots(
             cache=[(copy(k, pk), copy(v, pv)) for (k, v), (pk, pv) in zip(slots.cache, layers, strict=True)],
-            hidden_SD=jnp.where(new[:, None], hidden_RD[row], slots.hidden_SD),
+            history_ST=jax.lax.dynamic_update_slice(slots.history_ST, tokens, (0, 0)),
+            draft_SK=jnp.where(new[:, None], -1, slots.draft_SK),
+            hidden_SJD=jnp.where(new[:, None, None], hidden_RD[row][:, None], slots.hidden_SJD),
             keys_S=jax.random.wrap_key_data(data),
             length_S=jnp.where(new, length_S, slots.length_S),
             num_new_S=jnp.where(new, 0, slots.num_new_S),
@@ -271,53 +293,70 @@ class EmbeddedEngine:
         )
 
     def _run_decode(self, weights: Params, slots: Slots, *, window: int, sampling: SamplingParams):
-        """Up to `decode_chunk` tokens a slot -> (slots, tokens [S, C], logprobs [S, C], counts [S], active [S])."""
-        chunk, size = self._c.decode_chunk, self._c.num_slots
+        """Steps until a slot has `decode_chunk` tokens more -> (slots, tokens [S, C + K], logprobs [S, C + K], counts [S],
+        active [S], steps of all slots)."""
+        chunk, size, drafts = self._c.decode_chunk, self._c.num_slots, self._c.speculate
         modules, head = self._model.layers(weights), self._model.head_weight(weights)
         stops = jnp.asarray(sampling.stop_token_ids or (-1,), jnp.int32)
+        rows, ahead = jnp.arange(size)[:, None], jnp.arange(drafts + 1)[None]
+        before = slots.num_new_S
 
         def body(carry):
-            i, slots, tokens, logprobs = carry
-            logits = jnp.einsum("sd,vd->sv", slots.hidden_SD, head, preferred_element_type=jnp.float32)
-            keys = jax.vmap(jax.random.fold_in)(slots.keys_S, slots.num_new_S)
-            token, logprob = sample(logits, keys, sampling=sampling)
-            num_new = slots.num_new_S + slots.active_S
-            stopped = (token[:, None] == stops[None]).any(-1) | (num_new >= sampling.max_new_tokens)
-            cache, hidden = self._step(weights, modules, slots, token, window=window)
-            after = Slots(
-                cache, hidden, slots.keys_S, slots.length_S + slots.active_S, num_new, slots.active_S & ~stopped
-            )
-            return i + 1, after, tokens.at[:, i].set(token), logprobs.at[:, i].set(logprob)
+            slots, tokens, logprobs, steps = carry
+            logits = jnp.einsum("sjd,vd->sjv", slots.hidden_SJD, head, preferred_element_type=jnp.float32)
+            keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(slots.keys_S, slots.num_new_S[:, None] + ahead)
+            drawn = sample(logits.reshape(size * (drafts + 1), -1), keys.reshape(-1), sampling=sampling)
+            token, logprob = (x.reshape(size, drafts + 1) for x in drawn)
+            left = sampling.max_new_tokens - slots.num_new_S
+            kept, ended = cut(token, accept(token, slots.draft_SK) + 1, stops=stops, left_S=left)
+            kept *= slots.active_S
+            at = (slots.num_new_S - before)[:, None] + ahead  # what is not kept lies behind the count
+            tokens = tokens.at[rows, at].set(token, mode="drop")
+            logprobs = logprobs.at[rows, at].set(logprob, mode="drop")
+            newest, history, draft = token[:, :1], slots.history_ST, slots.draft_SK
+            length = slots.length_S + kept
+            if drafts:
+                newest = jnp.take_along_axis(token, jnp.maximum(kept - 1, 0)[:, None], axis=1)
+                history = history.at[rows, slots.length_S[:, None] + ahead].set(token, mode="drop")
+                draft = propose(history[:, :window], length, count=drafts, ngram=self._c.ngram)
+            position = jnp.maximum(length - 1, 0)[:, None] + ahead
+            run = jnp.concatenate([newest, draft], axis=1)
+            cache, hidden = self._step(weights, modules, slots.cache, run, position, window=window)
+            num_new, active = slots.num_new_S + kept, slots.active_S & ~ended
+            after = Slots(cache, history, draft, hidden, slots.keys_S, length, num_new, active)
+            return after, tokens, logprobs, steps + slots.active_S.sum()
 
         def unfinished(carry):
-            return (carry[0] < chunk) & carry[1].active_S.any()
+            return ((carry[0].num_new_S - before).max() < chunk) & carry[0].active_S.any()
 
-        before = slots.num_new_S
-        init = (0, slots, jnp.zeros((size, chunk), jnp.int32), jnp.zeros((size, chunk), jnp.float32))
-        _, slots, tokens, logprobs = jax.lax.while_loop(unfinished, body, init)
+        shape = (size, chunk + drafts)
+        init = (slots, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.int32(0))
+        slots, tokens, logprobs, steps = jax.lax.while_loop(unfinished, body, init)
         whole = functools.partial(
             jax.lax.with_sharding_constraint, shardings=NamedSharding(self._mesh, PartitionSpec())
         )
-        return slots, whole(tokens), whole(logprobs), whole(slots.num_new_S - before), whole(slots.active_S)
+        return slots, *map(whole, (tokens, logprobs, slots.num_new_S - before, slots.active_S, steps))
 
-    def _step(self, weights: Params, modules: list[Any], slots: Slots, token_S: Array, *, window: int):
-        """Run one token a slot through the decoder; (cache, hidden [S, D])."""
+    def _step(
+        self, weights: Params, modules: list[Any], cache: Layers, token_SJ: Array, position_SJ: Array, *, window: int
+    ):
+        """Run J tokens a slot through the decoder; (cache, hidden [S, J, D]). What lies beyond the cache is not kept: drafts
+        of a slot whose budget ends before them."""
         model, compute = self._model, self._model.compute
-        position = jnp.minimum(slots.length_S, window - 1)  # an idle slot writes where nobody reads
-        rope, old, new = rope_tables(model.spec, position[:, None]), iter(slots.cache), []
-        rows = jnp.arange(self._c.num_slots)
+        rope, old, new = rope_tables(model.spec, position_SJ), iter(cache), []
+        rows = jnp.arange(self._c.num_slots)[:, None]
 
         def attend(q, k, v):
             keys, values = next(old)
-            keys = constrain(keys.at[rows, :, position].set(k[:, 0]), self._mesh, *CACHE_LOGICAL)
-            values = constrain(values.at[rows, :, position].set(v[:, 0]), self._mesh, *CACHE_LOGICAL)
+            keys = constrain(keys.at[rows, :, position_SJ].set(k, mode="drop"), self._mesh, *CACHE_LOGICAL)
+            values = constrain(values.at[rows, :, position_SJ].set(v, mode="drop"), self._mesh, *CACHE_LOGICAL)
             new.append((keys, values))
-            return attend_cached(q[:, 0], keys[:, :, :window], values[:, :, :window], position + 1)[:, None]
+            return attend_cached(q, keys[:, :, :window], values[:, :, :window], position_SJ + 1)
 
-        x = model.embed(weights, token_S[:, None])
+        x = model.embed(weights, token_SJ)
         for layer in modules:
             x = layer(x, rope, attend, compute)
-        return new, model.final_norm(weights, x)[:, 0]
+        return new, model.final_norm(weights, x)
 
 
 CACHE_LOGICAL = ("batch", "heads", None, None)
