@@ -1,100 +1,142 @@
-"""python -m lnjax.evaluate --config NAME [--model SOURCE] --out DIR [--data data/benchmarks] [--tasks gpqa,ifeval,…]
+"""python -m lnjax.evaluate --config NAME [--model SOURCE] [--out DIR] [--data data/benchmarks] [--tasks gpqa,ifeval,...]
 [--samples 16] [--any.key value]
 
 Measure a model on published benchmarks, reasoning on (system prompt `detailed thinking on`, temperature 0.6, top-p 0.95, the
 mean of N samples a prompt) beside reasoning off (`detailed thinking off`, greedy, one sample), as the Llama-Nemotron report
-does (arXiv 2505.00949, section 7), through the config's engine. A completion may be as long as engine.max_len leaves room for.
-The data are local .jsonl files in their published schemas; a missing one is named with its place and format. DIR gets one line
-a prompt in TASK_MODE.jsonl, and summary.json; the same command goes on where it was stopped.
+does (arXiv 2505.00949, section 7), through the config's engine. A completion may be as long as engine.max_len leaves room for
+(the report: 32,768). The data are local files in their published schemas; without --tasks, what is missing is a row that names
+its place. DIR (default RUN_DIR/evaluate) gets a line a prompt in TASK_MODE.jsonl, summary.json and table.md; the same command
+goes on where it was stopped.
 """
 
 import argparse
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from lnjax import tasks
 from lnjax.config import Job
-from lnjax.data.benchmarks import BENCHMARKS, read_benchmark
 from lnjax.data.rows import SWITCH, to_prompt
-from lnjax.errors import ConfigError
+from lnjax.errors import ConfigError, DataError
 from lnjax.metrics import write_json
+from lnjax.models.family import family
+from lnjax.rewards.sandbox import run_program
 from lnjax.sampler import Sampler, digest_of, front_door, open_sampler
-from lnjax.schema import SamplingConfig
-from lnjax.score import mean_interval
+from lnjax.schema import ModelSpec, RewardConfig, SamplingConfig
+from lnjax.score import figure
 
 SEED = 2**31 + 2  # apart from training, evaluation in a run and pass rates
 CHUNK = 64  # prompts between two writes
-REWARD_S = 70.0  # above any verifier's own deadline
 MODES = {"on": (0.6, 0.95), "off": (0.0, 1.0)}
 """{reasoning: (temperature, top-p)}."""
-SOURCE = "Nano 8B, Super 49B, Ultra 253B: on|off, percent; arXiv 2505.00949, tables 3 to 5 (LiveCodeBench 2408-2502; *: part I)"
+SOURCE = "arXiv 2505.00949, tables 3 to 5"
 
 
 def work(job: Job, options: argparse.Namespace) -> None:
-    """All tasks in both modes; table and summary."""
-    tasks = options.tasks.split(",") if options.tasks else list(BENCHMARKS)
-    if options.out is None or not set(tasks) <= BENCHMARKS.keys():
-        raise ConfigError(
-            f"--out {options.out}, --tasks {options.tasks}: expected a folder and some of {[*BENCHMARKS]}"
-        )
-    rows = {task: read_benchmark(task, Path(options.data or "data/benchmarks")) for task in tasks}
-    reward = dataclasses.replace(job.config.reward, deadline_s=REWARD_S)
-    c = dataclasses.replace(job.config, reward=reward)
-    with open_sampler(c, folder=options.out / "engine") as s:
-        results = {
-            task: {mode: measure(s, task, mode, rows[task], out=options.out, samples=options.samples) for mode in MODES}
-            for task in tasks
+    """All tasks in both modes; table and summary. Raises LnjaxError for what a task asked for by name lacks."""
+    names, folder = (
+        options.tasks.split(",") if options.tasks else [*tasks.TASKS],
+        Path(options.data or "data/benchmarks"),
+    )
+    if not set(names) <= tasks.TASKS.keys():
+        raise ConfigError(f"--tasks {options.tasks}: expected some of {','.join(tasks.TASKS)}")
+    lacks = {name: why for name in names if (why := lacking(name, folder, job.config.reward))}
+    if lacks and (options.tasks or len(lacks) == len(names)):
+        raise DataError("; ".join(lacks.values()))
+    rows = {name: tasks.read_task(name, folder) for name in names if name not in lacks}
+    reward = replace(job.config.reward, model=None, judge=job.config.reward.judge if "chat" in rows else None)
+    if "livecodebench" in rows:
+        reward = replace(reward, deadline_s=max(reward.deadline_s, tasks.CODE_S + 10))
+    out, c = options.out or job.run_dir / "evaluate", replace(job.config, reward=reward)
+    with open_sampler(c, folder=out / "engine") as s:
+        found: dict[str, Any] = {
+            name: {mode: measure(s, name, mode, of, out=out, samples=options.samples) for mode in MODES}
+            for name, of in rows.items()
         }
-    summary = {"model": c.model.source, "weights": s.digest, "paper": SOURCE, "tasks": results}
-    write_json(options.out / "summary.json", summary)
-    Console(width=max(Console().width, 120)).print(table_of(results))  # a cut table says nothing
-    print(f"{SOURCE}\nwrote {options.out}/summary.json")
+        member = member_of(s.built.model.spec)
+    found |= {name: {"missing": why} for name, why in lacks.items()}
+    lines = table({name: found[name] for name in names}, member=member)
+    write_json(out / "summary.json", {"model": c.model.source, "weights": s.digest, "tasks": found, "table": lines})
+    (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(*lines, f"wrote {out}/summary.json, table.md", sep="\n")
+
+
+def lacking(name: str, folder: Path, reward: RewardConfig) -> str:
+    """Why a task cannot be measured here; empty where it can."""
+    if name == "chat" and reward.judge is None:
+        return "chat: the config has no reward.judge; add one"
+    why = tasks.missing(name, folder)
+    if name == "livecodebench" and not why:
+        try:
+            run_program("", stdin="", cpu_s=5, deadline_s=60)
+        except RuntimeError as error:
+            return f"livecodebench: {error}"
+    return why
 
 
 def measure(s: Sampler, task: str, mode: str, rows: Sequence[Any], *, out: Path, samples: int) -> dict[str, Any]:
     """Mean, 95 % interval over prompts and what else a table wants of one task in one mode."""
-    c = s.built.config
+    c, (temperature, top_p) = s.built.config, MODES[mode]
     prompts = [
         to_prompt(
             {**row, "reasoning": mode, "system_prompt": SWITCH[mode]},
             where=f"{where}/{mode}",
             tokenizer=s.built.tokenizer,
-            max_tokens=c.engine.max_len - 1,
+            max_tokens=c.engine.max_len,
         )
         for where, row in rows
     ]
-    longest, (temperature, top_p) = max(len(p.token_ids) for p in prompts), MODES[mode]
-    room = SamplingConfig(max_new_tokens=c.engine.max_len - longest, temperature=temperature, top_p=top_p)
+    longest = max(prompts, key=lambda p: len(p.token_ids))
+    if 2 * len(longest.token_ids) > c.engine.max_len:
+        raise ConfigError(
+            f"{longest.id} has {len(longest.token_ids)} tokens, more than half of engine.max_len={c.engine.max_len}: no room to "
+            "answer; raise --engine.max-len"
+        )
+    room = SamplingConfig(
+        max_new_tokens=c.engine.max_len - len(longest.token_ids), temperature=temperature, top_p=top_p
+    )
+    judge = c.reward.judge and c.reward.judge.model
     found = s.measure(
         prompts,
         [{"weight": len(row["args"].get("instruction_id_list", "1"))} for _, row in rows],
         out=out / f"{task}_{mode}.jsonl",
-        config=digest_of(dataclasses.asdict(room), c.seed, rows),
+        config=digest_of(asdict(room), c.engine.dtype, judge, c.seed, rows),
         num_samples=samples if temperature else 1,
         sampling=s.built.sampling(room),
         seed=SEED,
         chunk=CHUNK,
     )
-    interval = mean_interval([r["pass_rate"] for r in found], weights=[r["weight"] for r in found])
-    numbers = dict(zip(("mean", "low", "high"), interval, strict=True))
-    shares = {k: sum(r[k] for r in found) / len(found) for k in ("unfinished", "tokens")}
-    failures = sum(len(r["failures"]) for r in found)
-    return numbers | shares | {"prompts": len(found), "samples": found[0]["measured"]["samples"], "failures": failures}
+    numbers: dict[str, Any] = figure([r["pass_rate"] for r in found], weights=[r["weight"] for r in found])
+    numbers |= {k: sum(r[k] for r in found) / len(found) for k in ("unfinished", "tokens")}
+    return numbers | {"samples": found[0]["measured"]["samples"], "failures": sum(len(r["failures"]) for r in found)}
 
 
-def table_of(results: dict[str, dict[str, dict[str, Any]]]) -> Table:
-    heads = ("task", "prompts", "on", "off", "cut off", "no verdict", "Nano", "Super", "Ultra")
-    table = Table(*heads, title="pass@1, percent (95 % interval)")
-    for task, modes in results.items():
-        cells = [f"{100 * r['mean']:.1f} ({100 * r['low']:.0f}–{100 * r['high']:.0f})" for r in modes.values()]
-        cells.append("|".join(f"{100 * r['unfinished']:.0f}" for r in modes.values()))
-        cells.append("|".join(str(r["failures"]) for r in modes.values()))
-        table.add_row(task, str(modes["on"]["prompts"]), *cells, *BENCHMARKS[task].paper)
-    return table
+def member_of(spec: ModelSpec) -> str:
+    """The member of the family whose layers these are, or none."""
+    same = (x for x in tasks.MEMBERS if (family(x).d_model, family(x).blocks) == (spec.d_model, spec.blocks))
+    return next(same, "")
+
+
+def table(found: Mapping[str, Mapping[str, Any]], *, member: str) -> list[str]:
+    """Lines of Markdown: pass@1 with its interval, on beside off, beside the report's numbers for a member of the family."""
+    heads = ["task", "prompts", "reasoning on", "reasoning off", "cut off, %", "no verdict"]
+    heads += [f"{tasks.MEMBERS[member]} in the report"] if member else []
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    for name, modes in found.items():
+        cells = [name, "", f"not measured: {modes.get('missing')}", *[""] * (len(heads) - 3)]
+        if "on" in modes:
+            on, off = modes["on"], modes["off"]
+            cells = [name, str(on["num_prompts"])]
+            cells += [f"{100 * r['mean']:.1f} ({100 * r['low']:.1f} to {100 * r['high']:.1f})" for r in (on, off)]
+            cells += [
+                f"{100 * on['unfinished']:.0f}, {100 * off['unfinished']:.0f}",
+                f"{on['failures']}, {off['failures']}",
+            ]
+            cells += [tasks.TASKS[name].paper[member].replace("|", ", ")] if member else []
+        lines.append(f"| {' | '.join(cells)} |")
+    note = "pass@1, percent, 95 % interval over prompts; two numbers: on, off"
+    return [*lines, note + (f"; report: {SOURCE} (*: another measure, see lnjax/tasks.py)" if member else "")]
 
 
 def main(argv: Sequence[str]) -> int:

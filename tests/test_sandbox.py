@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from lnjax.rewards import sandbox
 from lnjax.rewards.code import passes
-from lnjax.rewards.pool import build_reward
-from lnjax.rewards.protocol import ScoreRequest
-from lnjax.rewards.sandbox import OUTPUT_BYTES, run_program
-from lnjax.schema import RewardConfig
+from lnjax.rewards.sandbox import NO_NAMESPACE, OUTPUT_BYTES, run_program
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is made of Linux namespaces")
 
@@ -53,7 +51,8 @@ def test_a_program_reads_stdin_writes_stdout_and_uses_threads():
         "import os; os.fork()",
         "import subprocess; subprocess.run(['true'], check=True)",
         "import os; os.kill(1, 9); os.kill(int(os.readlink('/proc/self')) + 1, 0)",
-        "import os; os.listdir('/run')[0]",
+        "import os; os.mknod('/dev/disk', 0o60600, os.makedev(254, 0))",
+        "open('/proc/sys/kernel/hostname', 'w').write('x')",
         "x = bytearray(3 << 30)",
         "import ctypes; assert ctypes.CDLL(None).mount(b'none', b'/mnt', b'tmpfs', 0, None) == 0",
     ],
@@ -71,9 +70,33 @@ def test_it_sees_no_process_but_its_own_and_has_no_capability():
     assert ran.output == "2 1 0000000000000000\n"
 
 
-def test_where_no_sandbox_can_be_made_nothing_is_run_and_the_reason_is_said():
+def test_where_no_sandbox_can_be_made_nothing_is_run_and_the_reason_is_said(tmp_path, monkeypatch):
+    refused = tmp_path / "refused.py"
+    refused.write_text(f"raise SystemExit({NO_NAMESPACE})")
+    monkeypatch.setattr(sandbox, "__file__", str(refused))
     with pytest.raises(RuntimeError, match="allow user namespaces"):
-        run("raise SystemExit(97)")  # as the launcher ends where it is refused
+        run("print(1)")
+
+
+def test_a_program_cannot_say_that_there_is_no_sandbox():
+    assert run(f"raise SystemExit({NO_NAMESPACE})").failure == "ended with status 1"
+
+
+def test_it_sees_the_interpreter_and_its_own_text_and_no_file_of_anybody_else(tmp_path):
+    secret = tmp_path / "answers.jsonl"
+    secret.write_text("42")
+    source = "import os\nfor p in {paths!r}: print(os.path.exists(p))\nprint(os.listdir('/dev'))"
+    paths = (
+        str(secret),
+        __file__,
+        "/etc/passwd",
+        "/dev/null",
+        "/run",
+        f"/proc/{os.getpid()}",
+        "/sys",
+        str(Path.home() / ".ssh"),
+    )
+    assert run(source.format(paths=paths)).output == "False\n" * len(paths) + "['stdin']\n"
 
 
 def test_an_infinite_loop_ends_at_the_deadline_and_nothing_is_left():
@@ -139,15 +162,3 @@ class Solution:
 def test_code_is_right_when_every_test_is_met(answer, tests, verdict):
     """The last case knows the answer without being told: a program that prints what is wanted is right."""
     assert passes(answer, tests=tests, function="add", deadline_s=300) == verdict
-
-
-def test_an_infinite_loop_scores_0_and_the_next_completion_is_scored():
-    loop = "```python\nwhile True: pass\n```"
-    args = {"tests": STDIN, "deadline_s": 1.5}
-    requests = [ScoreRequest("code", args, True, text, True) for text in (loop, loop)]
-    requests.append(
-        ScoreRequest("code", {"tests": STDIN, "deadline_s": 300.0}, True, f"<think>{loop}</think>{ADD}", True)
-    )
-    with build_reward(RewardConfig(num_workers=1, deadline_s=400)) as reward:
-        scores = reward.score(requests)
-    assert [s.reward for s in scores] == [0.0, 0.0, 1.0]

@@ -1,10 +1,15 @@
 """Python programs against tests, in the sandbox. What a test expects never enters it."""
 
+import base64
+import io
 import json
+import pickle
 import re
 import time
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
+from typing import Any
 
 from lnjax.rewards.sandbox import run_program
 
@@ -22,7 +27,32 @@ WAIT_S = 30.0
 """Of the clock, for one test."""
 
 
-def passes(answer: str, *, tests: list[Mapping[str, str]], function: str, deadline_s: float) -> tuple[bool, str]:
+MAX_TESTS_BYTES = 512 << 20
+
+
+class _Text(pickle.Unpickler):
+    """Loads text and nothing that runs."""
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        raise pickle.UnpicklingError(f"asks for {module_name}.{global_name}")
+
+
+def tests_of(public: str, private: str) -> list[dict[str, str]]:
+    """[{input, output, testtype}] of LiveCodeBench's two columns: JSON, the second one often pickled, deflated, in base64.
+
+    Raises ValueError for anything else, and for pickles that would run something.
+    """
+    try:
+        if not private.lstrip().startswith("["):
+            data = zlib.decompressobj().decompress(base64.b64decode(private), MAX_TESTS_BYTES)
+            private = _Text(io.BytesIO(data)).load()
+        tests = json.loads(public) + json.loads(private)
+        return [{k: test[k] for k in ("input", "output", "testtype")} for test in tests]
+    except (zlib.error, pickle.UnpicklingError, LookupError, EOFError, TypeError, RecursionError) as error:
+        raise ValueError(f"tests: {type(error).__name__} {error}") from error
+
+
+def passes(answer: str, *, tests: Sequence[Mapping[str, str]], function: str, deadline_s: float) -> tuple[bool, str]:
     """(whether the last fenced block passes every test, why not). `function` is called where a test's type is functional.
 
     Raises RuntimeError where there is no sandbox.
