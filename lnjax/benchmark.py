@@ -10,6 +10,7 @@ goes on where it was stopped.
 """
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from lnjax.rewards.sandbox import run_program
 from lnjax.sampler import Sampler, digest_of, front_door, open_sampler
 from lnjax.schema import ModelSpec, RewardConfig, SamplingConfig
 from lnjax.score import figure
+from lnjax.types import Prompt
 
 SEED = 2**31 + 2  # apart from training, evaluation in a run and pass rates
 CHUNK = 64  # prompts between two writes
@@ -50,9 +52,12 @@ def work(job: Job, options: argparse.Namespace) -> None:
         reward = replace(reward, deadline_s=max(reward.deadline_s, tasks.CODE_S + 10))
     out, c = options.out or job.run_dir / "evaluate", replace(job.config, reward=reward)
     with open_sampler(c, folder=out / "engine") as s:
+        asked = {name: {mode: prompts_of(s, mode, of) for mode in MODES} for name, of in rows.items()}
         found: dict[str, Any] = {
-            name: {mode: measure(s, name, mode, of, out=out, samples=options.samples) for mode in MODES}
-            for name, of in rows.items()
+            name: {
+                mode: measure(s, name, mode, rows[name], p, out=out, samples=options.samples) for mode, p in by.items()
+            }
+            for name, by in asked.items()
         }
         member = member_of(s.built.model.spec)
     found |= {name: {"missing": why} for name, why in lacks.items()}
@@ -75,27 +80,33 @@ def lacking(name: str, folder: Path, reward: RewardConfig) -> str:
     return why
 
 
-def measure(s: Sampler, task: str, mode: str, rows: Sequence[Any], *, out: Path, samples: int) -> dict[str, Any]:
-    """Mean, 95 % interval over prompts and what else a table wants of one task in one mode."""
-    c, (temperature, top_p) = s.built.config, MODES[mode]
+def prompts_of(s: Sampler, mode: str, rows: Sequence[Any]) -> list[Prompt]:
+    """Raises ConfigError for one that leaves no room to answer."""
     prompts = [
         to_prompt(
             {**row, "reasoning": mode, "system_prompt": SWITCH[mode]},
             where=f"{where}/{mode}",
             tokenizer=s.built.tokenizer,
-            max_tokens=c.engine.max_len,
+            max_tokens=sys.maxsize,
         )
         for where, row in rows
     ]
-    longest = max(prompts, key=lambda p: len(p.token_ids))
-    if 2 * len(longest.token_ids) > c.engine.max_len:
+    longest, name = max((len(p.token_ids), p.id) for p in prompts)
+    if 2 * longest > (most := s.built.config.engine.max_len):
         raise ConfigError(
-            f"{longest.id} has {len(longest.token_ids)} tokens, more than half of engine.max_len={c.engine.max_len}: no room to "
-            "answer; raise --engine.max-len"
+            f"{name} has {longest} tokens, more than half of engine.max_len={most}: too little room to answer; raise "
+            "--engine.max-len"
         )
-    room = SamplingConfig(
-        max_new_tokens=c.engine.max_len - len(longest.token_ids), temperature=temperature, top_p=top_p
-    )
+    return prompts
+
+
+def measure(
+    s: Sampler, task: str, mode: str, rows: Sequence[Any], prompts: Sequence[Prompt], *, out: Path, samples: int
+) -> dict[str, Any]:
+    """Mean, 95 % interval over prompts and what else a table wants of one task in one mode."""
+    c, (temperature, top_p) = s.built.config, MODES[mode]
+    longest = max(len(p.token_ids) for p in prompts)
+    room = SamplingConfig(max_new_tokens=c.engine.max_len - longest, temperature=temperature, top_p=top_p)
     judge = c.reward.judge and c.reward.judge.model
     found = s.measure(
         prompts,

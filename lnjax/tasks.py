@@ -11,7 +11,7 @@ from typing import Any
 
 from lnjax.data.rows import Row, read_jsonl
 from lnjax.errors import DataError
-from lnjax.rewards.code import tests_of
+from lnjax.rewards.code import unpack
 
 MATH = """Below is a math question. I want you to reason through the steps and then give a final answer. \
 Your final answer should be in \\boxed{{}}.\nQuestion: {}"""
@@ -129,7 +129,7 @@ def _code(row: Row) -> Row | None:
     if not CODE_FROM <= row["contest_date"] < CODE_BEFORE:
         return None
     args = {"verifier": "code", "public": row["public_test_cases"], "private": row["private_test_cases"]}
-    tests_of(args["public"], args["private"])
+    unpack(args["public"], args["private"])
     function = json.loads(row.get("metadata") or "{}").get("func_name") or ""
     start = f"Begin with:\n{row['starter_code']}" if row.get("starter_code") else "It reads stdin and writes stdout."
     return {
@@ -185,8 +185,8 @@ TASKS = {
     ),
     "chat": Task(
         "arena_hard/question.jsonl",
-        "lines with question_id and turns; the baseline's choices by question_id in model_answer/ (*: the report's judge compared "
-        "pairs, ours says YES or NO: not the same measure)",
+        "lines with question_id and turns; the baseline's choices by question_id in model_answer/ (*: the report's judge "
+        "compared pairs, ours says YES or NO: not the same measure)",
         _chat,
         _paper("- 88.3|-* 87.0|-*"),
         "arena_hard/model_answer/*.jsonl",

@@ -15,7 +15,7 @@ from lnjax.benchmark import member_of, table
 from lnjax.data.tokenizer import load_tokenizer
 from lnjax.errors import DataError
 from lnjax.models.family import family
-from lnjax.rewards.code import tests_of
+from lnjax.rewards.code import unpack
 from lnjax.rewards.pool import build_reward
 from lnjax.rewards.protocol import ScoreRequest
 from lnjax.rewards.verifiers import tool_call
@@ -144,7 +144,7 @@ def test_rows_become_prompts_as_the_report_words_them(data):
         "x": {"type": ["array", "boolean", "number", "object", "string"]},
     }
     code = read_task("livecodebench", data)[0][1]["args"]
-    assert [t["input"] for t in tests_of(code["public"], code["private"])] == ["1", "4"]
+    assert [t["input"] for t in unpack(code["public"], code["private"])] == ["1", "4"]
     assert read_task("chat", data)[0][1] == {
         "input": "Say hello.",
         "args": {"verifier": "judge", "answer": "Hello number 7", "open_ended": True},
@@ -324,9 +324,10 @@ def test_a_member_of_the_family_stands_beside_its_own_numbers_in_the_report():
 
 
 def test_a_prompt_that_leaves_no_room_names_itself_and_the_knob(data, engine, capsys, tmp_path):
-    assert benchmark.main([*words(data, tmp_path / "results"), "--engine.max-len", "400"]) == 2
+    assert benchmark.main([*words(data, tmp_path / "results", tasks="ifeval,aime24"), "--engine.max-len", "400"]) == 2
     error = capsys.readouterr().err
     assert "aime24/0/on has 2" in error and "raise --engine.max-len" in error
+    assert engine.asked == [], "before anything is sampled"
 
 
 def test_a_real_model_is_measured_and_half_a_measurement_goes_on_to_the_same_bytes(data, capsys, tmp_path):

@@ -37,7 +37,7 @@ class _Text(pickle.Unpickler):
         raise pickle.UnpicklingError(f"asks for {module_name}.{global_name}")
 
 
-def tests_of(public: str, private: str) -> list[dict[str, str]]:
+def unpack(public: str, private: str) -> list[dict[str, str]]:
     """[{input, output, testtype}] of LiveCodeBench's two columns: JSON, the second one often pickled, deflated, in base64.
 
     Raises ValueError for anything else, and for pickles that would run something.

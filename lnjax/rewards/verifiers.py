@@ -74,9 +74,9 @@ def choice(answer: str, args: Mapping[str, Any]) -> Mapping[str, float]:
 def code(answer: str, args: Mapping[str, Any]) -> Mapping[str, float]:
     """args: public and private tests as LiveCodeBench publishes them, function (its name, or none), deadline_s (8), which must
     stay below reward.deadline_s. Right when the last fenced block passes all, in a sandbox (lnjax/rewards/sandbox.py)."""
-    from lnjax.rewards.code import passes, tests_of  # noqa: PLC0415
+    from lnjax.rewards.code import passes, unpack  # noqa: PLC0415
 
-    tests = tests_of(args["public"], args["private"])
+    tests = unpack(args["public"], args["private"])
     right, _ = passes(answer, tests=tests, function=args["function"], deadline_s=args.get("deadline_s", 8.0))
     return {"accuracy": float(right)}
 
