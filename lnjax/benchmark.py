@@ -19,12 +19,12 @@ from typing import Any
 from lnjax import tasks
 from lnjax.config import Job
 from lnjax.data.rows import SWITCH, to_prompt
-from lnjax.errors import ConfigError, DataError
+from lnjax.errors import ConfigError, DataError, LnjaxError
 from lnjax.metrics import write_json
 from lnjax.models.family import family
 from lnjax.rewards.sandbox import run_program
 from lnjax.sampler import Sampler, digest_of, front_door, open_sampler
-from lnjax.schema import ModelSpec, RewardConfig, SamplingConfig
+from lnjax.schema import ModelSpec, SamplingConfig
 from lnjax.score import figure
 from lnjax.types import Prompt
 
@@ -37,47 +37,35 @@ SOURCE = "arXiv 2505.00949, tables 3 to 5"
 
 def work(job: Job, options: argparse.Namespace) -> None:
     """All tasks in both modes; table and summary. Raises LnjaxError for what a task asked for by name lacks."""
-    names, folder = (
-        options.tasks.split(",") if options.tasks else [*tasks.TASKS],
-        Path(options.data or "data/benchmarks"),
-    )
+    names, rows, lacks = options.tasks.split(",") if options.tasks else [*tasks.TASKS], {}, {}
     if not set(names) <= tasks.TASKS.keys():
         raise ConfigError(f"--tasks {options.tasks}: expected some of {','.join(tasks.TASKS)}")
-    lacks = {name: why for name in names if (why := lacking(name, folder, job.config.reward))}
-    if lacks and (options.tasks or len(lacks) == len(names)):
+    for name in names:
+        try:
+            rows[name] = tasks.read_task(name, Path(options.data or "data/benchmarks"))
+            if name == "chat" and job.config.reward.judge is None:
+                raise ConfigError("chat: the config has no reward.judge; add one")
+            if name == "livecodebench":
+                run_program("", stdin="", cpu_s=5, deadline_s=60)
+        except (LnjaxError, RuntimeError) as error:
+            lacks[name] = str(error)
+            rows.pop(name, None)
+    if lacks and (options.tasks or not rows):
         raise DataError("; ".join(lacks.values()))
-    rows = {name: tasks.read_task(name, folder) for name in names if name not in lacks}
     reward = replace(job.config.reward, model=None, judge=job.config.reward.judge if "chat" in rows else None)
     if "livecodebench" in rows:
         reward = replace(reward, deadline_s=max(reward.deadline_s, tasks.CODE_S + 10))
     out, c = options.out or job.run_dir / "evaluate", replace(job.config, reward=reward)
     with open_sampler(c, folder=out / "engine") as s:
         asked = {name: {mode: prompts_of(s, mode, of) for mode in MODES} for name, of in rows.items()}
-        found: dict[str, Any] = {
-            name: {
-                mode: measure(s, name, mode, rows[name], p, out=out, samples=options.samples) for mode, p in by.items()
-            }
-            for name, by in asked.items()
-        }
+        found: dict[str, Any] = {name: {"missing": why} for name, why in lacks.items()}
+        for name, by in asked.items():
+            found[name] = {m: measure(s, (name, m), rows[name], by[m], out=out, samples=options.samples) for m in MODES}
         member = member_of(s.built.model.spec)
-    found |= {name: {"missing": why} for name, why in lacks.items()}
     lines = table({name: found[name] for name in names}, member=member)
     write_json(out / "summary.json", {"model": c.model.source, "weights": s.digest, "tasks": found, "table": lines})
     (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(*lines, f"wrote {out}/summary.json, table.md", sep="\n")
-
-
-def lacking(name: str, folder: Path, reward: RewardConfig) -> str:
-    """Why a task cannot be measured here; empty where it can."""
-    if name == "chat" and reward.judge is None:
-        return "chat: the config has no reward.judge; add one"
-    why = tasks.missing(name, folder)
-    if name == "livecodebench" and not why:
-        try:
-            run_program("", stdin="", cpu_s=5, deadline_s=60)
-        except RuntimeError as error:
-            return f"livecodebench: {error}"
-    return why
 
 
 def prompts_of(s: Sampler, mode: str, rows: Sequence[Any]) -> list[Prompt]:
@@ -101,17 +89,17 @@ def prompts_of(s: Sampler, mode: str, rows: Sequence[Any]) -> list[Prompt]:
 
 
 def measure(
-    s: Sampler, task: str, mode: str, rows: Sequence[Any], prompts: Sequence[Prompt], *, out: Path, samples: int
+    s: Sampler, what: tuple[str, str], rows: Sequence[Any], prompts: Sequence[Prompt], *, out: Path, samples: int
 ) -> dict[str, Any]:
-    """Mean, 95 % interval over prompts and what else a table wants of one task in one mode."""
-    c, (temperature, top_p) = s.built.config, MODES[mode]
+    """Mean, 95 % interval over prompts and what else a table wants of one (task, mode)."""
+    c, (temperature, top_p) = s.built.config, MODES[what[1]]
     longest = max(len(p.token_ids) for p in prompts)
     room = SamplingConfig(max_new_tokens=c.engine.max_len - longest, temperature=temperature, top_p=top_p)
     judge = c.reward.judge and c.reward.judge.model
     found = s.measure(
         prompts,
         [{"weight": len(row["args"].get("instruction_id_list", "1"))} for _, row in rows],
-        out=out / f"{task}_{mode}.jsonl",
+        out=out / f"{'_'.join(what)}.jsonl",
         config=digest_of(asdict(room), c.engine.dtype, judge, c.seed, rows),
         num_samples=samples if temperature else 1,
         sampling=s.built.sampling(room),
@@ -132,19 +120,20 @@ def member_of(spec: ModelSpec) -> str:
 def table(found: Mapping[str, Mapping[str, Any]], *, member: str) -> list[str]:
     """Lines of Markdown: pass@1 with its interval, on beside off, beside the report's numbers for a member of the family."""
     heads = ["task", "prompts", "reasoning on", "reasoning off", "cut off, %", "no verdict"]
-    heads += [f"{tasks.MEMBERS[member]} in the report"] if member else []
+    heads += [f"{tasks.MEMBERS[member]} in the report"] * bool(member)
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for name, modes in found.items():
         cells = [name, "", f"not measured: {modes.get('missing')}", *[""] * (len(heads) - 3)]
         if "on" in modes:
-            on, off = modes["on"], modes["off"]
-            cells = [name, str(on["num_prompts"])]
-            cells += [f"{100 * r['mean']:.1f} ({100 * r['low']:.1f} to {100 * r['high']:.1f})" for r in (on, off)]
-            cells += [
-                f"{100 * on['unfinished']:.0f}, {100 * off['unfinished']:.0f}",
-                f"{on['failures']}, {off['failures']}",
+            both = modes["on"], modes["off"]
+            shown = [f"{100 * r['mean']:.1f} ({100 * r['low']:.1f} to {100 * r['high']:.1f})" for r in both]
+            shown += [
+                ", ".join(f"{100 * r['unfinished']:.0f}" for r in both),
+                ", ".join(str(r["failures"]) for r in both),
             ]
-            cells += [tasks.TASKS[name].paper[member].replace("|", ", ")] if member else []
+            cells = [name, str(both[0]["num_prompts"]), *shown]
+            paper = dict(zip(tasks.MEMBERS, tasks.TASKS[name].paper.split(), strict=True))
+            cells += [paper[member].replace("|", ", ")] if member else []
         lines.append(f"| {' | '.join(cells)} |")
     note = "pass@1, percent, 95 % interval over prompts; two numbers: on, off"
     return [*lines, note + (f"; report: {SOURCE} (*: another measure, see lnjax/tasks.py)" if member else "")]

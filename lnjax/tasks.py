@@ -4,8 +4,8 @@ import csv
 import hashlib
 import json
 import random
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,7 @@ CODE_S = 60.0
 """For all tests of one program."""
 CODE_FROM, CODE_BEFORE = "2024-08-01", "2025-02-02"
 """Contest dates of the report's LiveCodeBench 2408-2502."""
-TYPES = {
-    "dict": "object",
-    "float": "number",
-    "tuple": "array",
-    "any": ["array", "boolean", "number", "object", "string"],
-}
+TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": [*["array", "boolean", "number", "object", "string"]]}
 """The function-calling leaderboard's names of types -> JSON schema's."""
 MEMBERS = {"nano8b": "Nano 8B", "super49b": "Super 49B", "ultra253b": "Ultra 253B"}
 
@@ -39,42 +34,36 @@ class Task:
     """What a line holds, as published."""
     convert: Callable[[Row], Row | None]
     """None for a row that the report leaves out."""
-    paper: Mapping[str, str]
-    """{member of the family: reasoning on|off in percent}; arXiv 2505.00949, tables 3 to 5."""
+    paper: str
+    """Reasoning on|off in percent of each of MEMBERS; arXiv 2505.00949, tables 3 to 5. *: not the same measure."""
     answers: str = ""
-    """Pattern of files with further columns of the same rows."""
-    joined_by: str = field(default="id", kw_only=True)
-
-
-def missing(name: str, folder: Path) -> str:
-    """What to put where; empty where the data are there."""
-    t = TASKS[name]
-    for pattern in filter(None, (t.files, t.answers)):
-        if not any(folder.glob(pattern)):
-            return f"{folder / pattern}: missing; put the benchmark {name} there: {t.keys}"
-    return ""
+    """Pattern of files with further columns of the same rows, by `id` or `question_id`."""
 
 
 def read_task(name: str, folder: Path) -> list[tuple[str, Row]]:
     """(`name/line`, RL row). Raises DataError naming file and line, or saying what to put where."""
-    t, rows = TASKS[name], []
-    if problem := missing(name, folder):
-        raise DataError(problem)
-    more = {row.get(t.joined_by): row for _, row in _lines(folder, t.answers)} if t.answers else {}
-    for where, row in _lines(folder, t.files):
+    t, kept = TASKS[name], []
+    more = {_id(row): row for _, row in _lines(name, folder, t.answers)} if t.answers else {}
+    for where, row in _lines(name, folder, t.files):
         try:
-            rows.append(t.convert({**more.get(row.get(t.joined_by), {}), **row}))
+            kept.append(t.convert(more.get(_id(row), {}) | row))
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{where}: {type(error).__name__} {error}; {name} has {t.keys}") from error
-    kept = [row for row in rows if row is not None]
-    if not kept:
-        raise DataError(f"{folder / t.files}: none of its {len(rows)} rows is among those of the report; {t.keys}")
-    return [(f"{name}/{i}", row) for i, row in enumerate(kept)]
+    rows = [row for row in kept if row is not None]
+    if not rows:
+        raise DataError(f"{folder / t.files}: none of its {len(kept)} rows is among those of the report; {t.keys}")
+    return [(f"{name}/{i}", row) for i, row in enumerate(rows)]
 
 
-def _lines(folder: Path, pattern: str) -> list[tuple[str, Row]]:
-    found = []
-    for path in sorted(folder.glob(pattern)):
+def _id(row: Row) -> Any:
+    return row.get("id", row.get("question_id"))
+
+
+def _lines(name: str, folder: Path, pattern: str) -> list[tuple[str, dict[str, Any]]]:
+    paths, found = sorted(folder.glob(pattern)), []
+    if not paths:
+        raise DataError(f"{folder / pattern}: missing; put the benchmark {name} there: {TASKS[name].keys}")
+    for path in paths:
         if path.suffix == ".csv":
             with open(path, encoding="utf-8", newline="") as file:
                 found += [(f"{path}: row {i}", row) for i, row in enumerate(csv.DictReader(file), 1)]
@@ -105,11 +94,8 @@ def _ifeval(row: Row) -> Row:
 def _calls(row: Row) -> Row:
     tools = [{**f, "parameters": _json_schema(f["parameters"])} for f in row["function"]]
     args: dict[str, Any] = {"verifier": "tool_call", "wanted": row.get("ground_truth", [])}
-    if "ground_truth" not in row:
-        kind = row["id"].rsplit("_", 1)[0]
-        if kind not in ("live_relevance", "live_irrelevance"):
-            raise KeyError(f"ground_truth of {row['id']}")
-        args["any"] = kind == "live_relevance"
+    if "ground_truth" not in row:  # some call, or none
+        args["any"] = {"live_relevance": True, "live_irrelevance": False}[row["id"].rpartition("_")[0]]
     messages = [{**m, "role": "user"} if m["role"] == "system" else m for m in row["question"][0]]  # ours is the switch
     return {"input": messages, "tools": tools, "args": args}
 
@@ -144,52 +130,26 @@ def _chat(row: Row) -> Row:
     return {"input": row["turns"][0]["content"], "args": {"verifier": "judge", "answer": reference, "open_ended": True}}
 
 
-def _paper(text: str) -> dict[str, str]:
-    return dict(zip(MEMBERS, text.split(), strict=True))
-
-
+PROBLEM = "lines with problem and answer"
+CODING = "lines with question_content, contest_date (2024-08 to 2025-02 count), public_test_cases, private_test_cases, metadata"
 TASKS = {
     "gpqa": Task(
         "gpqa_diamond.csv",
-        "the table with Question, Correct Answer and Incorrect Answer 1 to 3",
+        "Question, Correct Answer, Incorrect Answer 1 to 3",
         _choice,
-        _paper("54.1|39.4 66.7|50.0 76.0|56.6"),
+        "54.1|39.4 66.7|50.0 76.0|56.6",
     ),
-    "aime24": Task("aime24.jsonl", "lines with problem and answer", _math, _paper("61.3|3.0 67.5|16.7 80.8|20.0")),
-    "aime25": Task(
-        "aime25.jsonl",
-        "lines with problem and answer (*: Nano was measured on part I alone)",
-        _math,
-        _paper("47.1|0.0* 60.0|16.7 72.5|16.7"),
-    ),
-    "math500": Task("math500.jsonl", "lines with problem and answer", _math, _paper("95.4|36.6 96.6|74.0 97.0|80.4")),
-    "ifeval": Task(
-        "ifeval.jsonl",
-        "lines with prompt, instruction_id_list and kwargs",
-        _ifeval,
-        _paper("79.29|82.1 89.2|89.0 88.9|89.5"),
-    ),
+    "aime24": Task("aime24.jsonl", PROBLEM, _math, "61.3|3.0 67.5|16.7 80.8|20.0"),
+    "aime25": Task("aime25.jsonl", PROBLEM, _math, "47.1|0.0* 60.0|16.7 72.5|16.7"),  # *: part I alone
+    "math500": Task("math500.jsonl", PROBLEM, _math, "95.4|36.6 96.6|74.0 97.0|80.4"),
+    "ifeval": Task("ifeval.jsonl", "prompt, instruction_id_list, kwargs", _ifeval, "79.29|82.1 89.2|89.0 88.9|89.5"),
     "bfcl": Task(
-        "bfcl_v2_live/*.json",
-        "lines with id, question and function; ground_truth by id in possible_answer/",
-        _calls,
-        _paper("63.9|63.6 73.7|73.9 74.1|73.6"),
-        "bfcl_v2_live/possible_answer/*.json",
+        *("bfcl_v2_live/*.json", "id, question, function; in possible_answer/ id, ground_truth", _calls),
+        *("63.9|63.6 73.7|73.9 74.1|73.6", "bfcl_v2_live/possible_answer/*.json"),
     ),
-    "livecodebench": Task(
-        "livecodebench/*.jsonl",
-        "lines with question_content, contest_date, public_test_cases, private_test_cases, metadata "
-        "(those from 2024-08 to 2025-02 count)",
-        _code,
-        _paper("46.6|- 45.5|29.7 66.3|29.0"),
-    ),
-    "chat": Task(
-        "arena_hard/question.jsonl",
-        "lines with question_id and turns; the baseline's choices by question_id in model_answer/ (*: the report's judge "
-        "compared pairs, ours says YES or NO: not the same measure)",
-        _chat,
-        _paper("- 88.3|-* 87.0|-*"),
-        "arena_hard/model_answer/*.jsonl",
-        joined_by="question_id",
+    "livecodebench": Task("livecodebench/*.jsonl", CODING, _code, "46.6|- 45.5|29.7 66.3|29.0"),
+    "chat": Task(  # *: the report's judge compared pairs, ours says YES or NO
+        *("arena_hard/question.jsonl", "question_id, turns; in model_answer/ question_id, choices", _chat),
+        *("- 88.3|-* 87.0|-*", "arena_hard/model_answer/*.jsonl"),
     ),
 }

@@ -116,6 +116,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", BOMBS.values(), ids=BOMBS)
 def test_a_bomb_of_latex_scores_0_and_takes_one_deadline_of_each_reader_at_most(pool, text):
     start = time.monotonic()
