@@ -120,7 +120,7 @@ def member_of(spec: ModelSpec) -> str:
 def table(found: Mapping[str, Mapping[str, Any]], *, member: str) -> list[str]:
     """Lines of Markdown: pass@1 with its interval, on beside off, beside the report's numbers for a member of the family."""
     heads = ["task", "prompts", "reasoning on", "reasoning off", "cut off, %", "no verdict"]
-    heads += [f"{tasks.MEMBERS[member]} in the report"] * bool(member)
+    heads += [f"{tasks.MEMBERS[member]} in the report"] if member else []
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for name, modes in found.items():
         cells = [name, "", f"not measured: {modes.get('missing')}", *[""] * (len(heads) - 3)]
