@@ -294,7 +294,7 @@ def test_what_cannot_be_measured_is_a_row_that_says_why_and_an_error_where_it_wa
     assert [row.split(" | ")[0] for row in rows[2:10]] == [f"| {name}" for name in TASKS]
     assert "gpqa_diamond.csv: missing; put the benchmark gpqa there" in rows[2]
     assert "bfcl_v2_live/possible_answer/*.json: missing" in rows[7]
-    assert "livecodebench: no sandbox" in rows[8]
+    assert "not measured: no sandbox" in rows[8]
     assert "the config has no reward.judge; add one" in rows[9]
     assert benchmark.main(words(data, tmp_path / "results", tasks="aime24,math500")) == 2
     assert "math500.jsonl: missing; put the benchmark math500 there" in capsys.readouterr().err
