@@ -21,7 +21,12 @@ CODE_S = 60.0
 """For all tests of one program."""
 CODE_FROM, CODE_BEFORE = "2024-08-01", "2025-02-02"
 """Contest dates of the report's LiveCodeBench 2408-2502."""
-TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": [*["array", "boolean", "number", "object", "string"]]}
+TYPES = {
+    "dict": "object",
+    "float": "number",
+    "tuple": "array",
+    "any": [*["array", "boolean", "number", "object", "string"]],
+}
 """The function-calling leaderboard's names of types -> JSON schema's."""
 MEMBERS = {"nano8b": "Nano 8B", "super49b": "Super 49B", "ultra253b": "Ultra 253B"}
 

@@ -109,7 +109,7 @@ BOMBS = {
     "a tower of powers": "\\boxed{10^{10^{10}}}",
     "a tower without braces": "\\boxed{9^9^9^9^9}",
     "factorials": "\\boxed{(((9!)!)!)!}",
-    "roots in roots": "\\boxed{" + "\\sqrt{" * 2000 + "7" + "}" * 2000 + "}",
+    "roots in roots": "\\boxed{" + "\\sqrt{" * 2000 + "8" + "}" * 2000 + "}",
     "a product of sums": "\\boxed{" + "(x+y+z)" * 60 + "^{999}}",
     "a long sum": "\\boxed{\\sum_{i=1}^{10^{12}} i^{i}}",
     "brackets": "\\left(" * 5000 + "7" + "\\right)" * 5000,
