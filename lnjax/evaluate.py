@@ -1,8 +1,13 @@
-"""Held-out evaluation: sample, score, mean with a 95 % interval over prompts."""
+"""Held-out evaluation: sample, score, mean with a 95 % interval over prompts.
 
+python -m lnjax.evaluate measures a model on published benchmarks: lnjax/benchmark.py.
+"""
+
+import sys
 from dataclasses import dataclass
 from typing import Any
 
+from lnjax import benchmark
 from lnjax.build import Built, Resources
 from lnjax.score import mean_interval, score_groups
 
@@ -57,3 +62,7 @@ def evaluate(b: Built, r: Resources, *, after: str, step: int, params: dict[str,
     }
     r.log.log("eval", step=step, values=values)
     return result
+
+
+if __name__ == "__main__":
+    sys.exit(benchmark.main(sys.argv[1:]))

@@ -12,17 +12,17 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib as mpl
 
-from lnjax.config import parse
+from lnjax.config import Job
 from lnjax.data.curriculum import batch_centre, curriculum_order, target_shares
 from lnjax.data.rows import Row
 from lnjax.data.streams import build_prompt_stream, prompt_rows
-from lnjax.errors import ConfigError, LnjaxError
-from lnjax.sampler import digest_of, finished_rows, open_sampler
+from lnjax.errors import ConfigError
+from lnjax.sampler import digest_of, finished_rows, front_door, open_sampler
 from lnjax.schema import CurriculumConfig, RunConfig
 
 mpl.use("Agg")
@@ -89,25 +89,13 @@ def plot_curriculum(rates: Sequence[float], *, batch_size: int, c: CurriculumCon
 
 def main(argv: Sequence[str]) -> int:
     """Exit status: 0 done, 2 for what the user can fix."""
-    if {"-h", "--help"} & set(argv) and "--config" not in argv:
-        print(__doc__)
-        return 0
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--samples", type=int, default=8, choices=range(1, 1025), metavar="N")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--model")
-    options, rest = parser.parse_known_args(argv)
-    try:
-        job = parse(rest)
-        if options.model:
-            model = replace(job.config.model, source=options.model, spec=None, tokenizer="same")
-            job = replace(job, config=replace(job.config, model=model))
-        out = options.out or job.run_dir / "pass_rates.jsonl"
-        measure(job.config, job.run_dir, out=out, num_samples=options.samples)
-        return 0
-    except LnjaxError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
+
+    def work(job: Job, options: argparse.Namespace) -> None:
+        measure(
+            job.config, job.run_dir, out=options.out or job.run_dir / "pass_rates.jsonl", num_samples=options.samples
+        )
+
+    return front_door(work, argv, doc=str(__doc__), samples=8, more=())
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from lnjax.report.page import write_page
 from lnjax.rewards.format import OPEN, follows_format
 from lnjax.sampler import digest_of, open_sampler
 from lnjax.schema import RunConfig
-from lnjax.score import mean_interval, score_groups
+from lnjax.score import figure, score_groups
 
 Figures = dict[str, dict[str, float]]
 """{figure: {mean, low, high, num_prompts}}; low and high are the 95 % interval over prompts."""
@@ -129,14 +129,6 @@ def evaluate(c: RecipeEvalConfig, config: RunConfig, folder: Path, *, of: str) -
     }
     write_json(out, {"of": of, "figures": figures})
     return figures
-
-
-def figure(values: Sequence[float]) -> dict[str, float]:
-    """Mean and 95 % interval of one value a prompt. Where all agree on 0 or 1, by the rule of three."""
-    mean, low, high = mean_interval(values)
-    if low == high:
-        low, high = max(0.0, mean - 3 / len(values)), min(1.0, mean + 3 / len(values))
-    return {"mean": mean, "low": low, "high": high, "num_prompts": len(values)}
 
 
 def moved(before: Figures, after: Figures) -> tuple[list[str], list[str]]:

@@ -1,18 +1,21 @@
 """A model behind its config's engine and verifiers, without training."""
 
+import argparse
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lnjax.build import Built, build, build_engine, build_scores, initial_params
+from lnjax.config import Job, parse
 from lnjax.data.chat import lint_template
 from lnjax.data.rows import Row, read_jsonl
-from lnjax.errors import DataError
+from lnjax.errors import DataError, LnjaxError
 from lnjax.metrics import progress
 from lnjax.models.fingerprint import fingerprint
 from lnjax.rewards.pool import build_reward
@@ -107,3 +110,29 @@ def finished_rows(out: Path, *, measured: Mapping[str, Any]) -> list[Row]:
 def digest_of(*values: Any) -> str:
     """12 hex digits of plain values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def front_door(
+    work: Callable[[Job, argparse.Namespace], None], argv: Sequence[str], *, doc: str, samples: int, more: Sequence[str]
+) -> int:
+    """Run `work` with the job, its model replaced by --model, and --out, --samples and `more`. Exit status: 0 done, 2 for what
+    the user can fix."""
+    if {"-h", "--help"} & set(argv) and "--config" not in argv:
+        print(doc)
+        return 0
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--samples", type=int, default=samples, choices=range(1, 1025), metavar="N")
+    parser.add_argument("--out", type=Path)
+    for name in ("--model", *more):
+        parser.add_argument(name)
+    options, rest = parser.parse_known_args(argv)
+    try:
+        job = parse(rest)
+        if options.model:
+            model = replace(job.config.model, source=options.model, spec=None, tokenizer="same")
+            job = replace(job, config=replace(job.config, model=model))
+        work(job, options)
+        return 0
+    except LnjaxError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code

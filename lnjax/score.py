@@ -100,9 +100,19 @@ def describe_groups(groups: Sequence[RolloutGroup]) -> dict[str, Any]:
     }
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """(mean, low, high) of values in [0, 1], one a prompt: 95 % normal interval."""
-    mean = sum(values) / len(values)
-    variance = sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)
-    half = 1.96 * math.sqrt(variance / len(values))
+def mean_interval(values: Sequence[float], *, weights: Sequence[float] | None = None) -> tuple[float, float, float]:
+    """(mean, low, high) of values in [0, 1], one a prompt: 95 % normal interval; with weights that of the ratio estimator."""
+    weights = weights or [1.0] * len(values)
+    average = sum(weights) / len(weights)
+    mean = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+    spread = sum((w / average * (v - mean)) ** 2 for w, v in zip(weights, values, strict=True))
+    half = 1.96 * math.sqrt(spread / max(1, len(values) - 1) / len(values))
     return mean, max(0.0, mean - half), min(1.0, mean + half)
+
+
+def figure(values: Sequence[float], *, weights: Sequence[float] | None = None) -> dict[str, float]:
+    """Mean and 95 % interval of one value a prompt. Where all agree on 0 or 1, by the rule of three."""
+    mean, low, high = mean_interval(values, weights=weights)
+    if low == high:
+        low, high = max(0.0, mean - 3 / len(values)), min(1.0, mean + 3 / len(values))
+    return {"mean": mean, "low": low, "high": high, "num_prompts": len(values)}

@@ -19,10 +19,11 @@ FLOORS = [
     {"ops"},
     {"models", "learn"},
     {"data", "rollout", "rewards", "checkpoint"},
-    {"record"},
+    {"record", "tasks"},
     {"score", "stage", "fit"},
     {"build"},
     {"source", "parity", "sampler"},
+    {"benchmark"},
     {"evaluate", "sft", "grpo", "preference"},
     {"report"},
     {"train", "flags", "passrate"},
@@ -172,6 +173,8 @@ def test_workers_of_the_reward_pool_never_import_jax():
         "judge",
         "rule_judge",
         "tool_call",
+        "code",
+        "sandbox",
     ):
         text = (PACKAGE / "rewards" / f"{name}.py").read_text(encoding="utf-8")
         assert not [n for n in imports(text) if n.split(".")[0] == "jax" or n.startswith("lnjax.types")]

@@ -22,6 +22,7 @@ from lnjax.recipe import RecipeStage, check_recipe, override_stages, parse_recip
 from lnjax.rewards.format import answer_of
 from lnjax.rewards.ifeval import followed
 from lnjax.schema import PromptConfig
+from lnjax.score import figure
 from tests.test_train import LAUNCH, ROOT, environment
 
 NAMES = ["sft", "pass_rates", "grpo", "if_rl", "reward_model", "chat_rl"]
@@ -108,8 +109,8 @@ def test_a_recipe_is_no_config_of_one_run(capsys):
 
 
 def test_figures_have_an_interval_even_where_all_agree():
-    assert pipeline.figure([1.0] * 100) == {"mean": 1.0, "low": 0.97, "high": 1.0, "num_prompts": 100}
-    half = pipeline.figure([0.0, 1.0] * 50)
+    assert figure([1.0] * 100) == {"mean": 1.0, "low": 0.97, "high": 1.0, "num_prompts": 100}
+    half = figure([0.0, 1.0] * 50)
     assert half["mean"] == 0.5
     assert round(half["low"], 3) == 0.402
 

@@ -5,9 +5,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lnjax.rewards.format import last_boxed
 from lnjax.rewards.protocol import Verifier
 
 BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+LETTER = re.compile(r"\b([A-Z])\b")
+ANSWER = re.compile(r"[Aa]nswer(?: is|:)[\s*(]*([A-Z])\b")
 
 
 def integer(answer: str, args: Mapping[str, Any]) -> Mapping[str, float]:
@@ -46,16 +49,36 @@ def ifeval(answer: str, args: Mapping[str, Any]) -> Mapping[str, float]:
 
 
 def tool_call(answer: str, args: Mapping[str, Any]) -> Mapping[str, float]:
-    """args: tools, and the right `calls` [{name, arguments}] or `wanted` (lnjax/rewards/tool_call.py). [] wants none."""
+    """args: tools, and the right `calls` [{name, arguments}] or `wanted` (lnjax/rewards/tool_call.py). [] wants none,
+    `any` some call that fits, whatever it is."""
     from lnjax.rewards.tool_call import allowed_of, parse_calls, right, valid  # noqa: PLC0415
 
     try:
         calls = parse_calls(answer)
     except (ValueError, RecursionError):
         return {"accuracy": 0.0, "valid": 0.0}
-    wanted = args["wanted"] if "wanted" in args else [allowed_of(call) for call in args["calls"]]
     fits = valid(calls, args["tools"])
+    if args.get("any"):
+        return {"accuracy": float(fits and bool(calls)), "valid": float(fits)}
+    wanted = args["wanted"] if "wanted" in args else [allowed_of(call) for call in args["calls"]]
     return {"accuracy": float(fits and right(calls, wanted)), "valid": float(fits)}
+
+
+def choice(answer: str, args: Mapping[str, Any]) -> Mapping[str, float]:
+    r"""args: answer, a letter. The last \boxed{letter} counts, else the last `answer: letter` or `answer is letter`."""
+    boxed = last_boxed(answer)
+    found = LETTER.findall(boxed) if boxed else ANSWER.findall(answer)
+    return {"accuracy": float(bool(found) and found[-1] == args["answer"])}
+
+
+def code(answer: str, args: Mapping[str, Any]) -> Mapping[str, float]:
+    """args: public and private tests as LiveCodeBench publishes them, function (its name, or none), deadline_s (8), which must
+    stay below reward.deadline_s. Right when the last fenced block passes all, in a sandbox (lnjax/rewards/sandbox.py)."""
+    from lnjax.rewards.code import passes, unpack  # noqa: PLC0415
+
+    tests = unpack(args["public"], args["private"])
+    right, _ = passes(answer, tests=tests, function=args["function"], deadline_s=args.get("deadline_s", 8.0))
+    return {"accuracy": float(right)}
 
 
 VERIFIERS: dict[str, Verifier] = {
@@ -64,6 +87,8 @@ VERIFIERS: dict[str, Verifier] = {
     "reasoning_gym": reasoning_gym,
     "ifeval": ifeval,
     "tool_call": tool_call,
+    "choice": choice,
+    "code": code,
 }
 
 JUDGE = "judge"
@@ -76,5 +101,6 @@ WARM = {
     "reasoning_gym": "reasoning_gym",
     "ifeval": "lnjax.rewards.ifeval",
     "tool_call": "lnjax.rewards.tool_call",
+    "code": "lnjax.rewards.code",
 }
 """What a worker imports before it says that it is ready, so that no deadline pays for it."""

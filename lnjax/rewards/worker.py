@@ -4,12 +4,15 @@ import ctypes
 import importlib
 import json
 import os
+import resource
 import signal
 import sys
 
 from lnjax.rewards.verifiers import VERIFIERS, WARM
 
 PR_SET_PDEATHSIG = 1
+MEMORY_BYTES = 8 << 30
+"""Of one worker's address space: an answer that needs more ends its verdict, not the machine."""
 
 
 def main(warm: str, extra: str, parent: str) -> None:
@@ -18,6 +21,7 @@ def main(warm: str, extra: str, parent: str) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != int(parent):
             return
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what a verifier prints goes to stderr
