@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lnjax.config import config_hash, nearest, override, read_config, validate
+from lnjax.config import config_hash, nearest, override, read_config
 from lnjax.errors import ConfigError
 from lnjax.schema import ClusterConfig, EvalConfig, PromptConfig, RewardConfig, RunConfig, SamplingConfig
+from lnjax.validate import validate
 
 STAGE = "stage:"
 USAGE = "usage: python -m lnjax.launch --config {name} [--run-dir DIR] [--dry-run] [--STAGE.any.key value ...]; stages: {stages}"

@@ -14,6 +14,7 @@ FLOORS = [
     {"architecture", "training"},
     {"schema"},
     {"types", "proxy", "distributed", "stages"},
+    {"validate"},
     {"config", "alive"},
     {"mesh", "metrics", "health", "sources", "profile", "recipe"},
     {"ops"},
@@ -37,6 +38,7 @@ NO_JAX = {
     "stages.py",
     "training.py",
     "schema.py",
+    "validate.py",
     "config.py",
     "sources.py",
     "proxy.py",
@@ -194,5 +196,5 @@ def test_the_product_can_be_read_in_an_afternoon():
     assert code_lines('"""What."""\n\nx = 1  # why\n# because\ndef f():\n    """How."""\n    return x\n') == 3
     bench = set((PACKAGE / "bench").rglob("*.py"))
     files = [p for p in (*sources(), *PLUGIN.rglob("*.py")) if p not in bench]
-    for budget, paths in ((10_500, files), (900, bench)):
+    for budget, paths in ((11_300, files), (920, bench)):
         assert sum(code_lines(p.read_text(encoding="utf-8")) for p in paths) <= budget
