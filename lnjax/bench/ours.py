@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from lnjax import grpo, sft
 from lnjax.bench import shapes
@@ -69,12 +70,17 @@ class Work:
     """Whether there are any."""
     seed: int = 0
 
+    def mesh(self) -> Mesh:
+        """One GPU, as the other arms have; all devices that a CPU is made of."""
+        devices = jax.devices() if jax.default_backend() == "cpu" else jax.devices()[:1]
+        return make_mesh(MeshConfig(data=len(devices), fsdp=1), devices=devices)
+
     def model(self) -> Model:
         s = self.shape
         lora = LoraConfig(rank=s.lora_rank)
         c = ModelConfig(spec=s.spec, compute_dtype=s.dtype, remat=s.remat, lora=lora)
         c = RunConfig(name="bench", model=c, ops=self.ops)
-        return build_model(c, spec=self.shape.spec, mesh=make_mesh(MeshConfig(data=jax.device_count(), fsdp=1)))
+        return build_model(c, spec=self.shape.spec, mesh=self.mesh())
 
     def params(self, model: Model, *, dtype: str) -> Any:
         """Random weights that the shape's dtype holds exactly, written in it for the other arms."""
@@ -205,7 +211,7 @@ def reinforce(w: Work) -> Side:
         steps=10**6,
         sampling=SamplingConfig(max_new_tokens=s.new_tokens),
         advantage=AdvantageConfig(baseline="group_mean"),
-        pack=PackConfig(row_tokens=-(-group // 128) * 128, microbatch_rows=1),
+        pack=PackConfig(row_tokens=-(-group // 128) * 128, microbatch_rows=w.mesh().size),
         optimizer=w.optimizer(),
     )
     engine, updater = _engine(w, model, slots=s.prompts * s.samples), grpo.build_updater(model, c, dtype=jnp.float32)
@@ -241,7 +247,7 @@ def kernels(w: Work) -> Side:
     spec, dtype = s.spec, jnp.dtype(s.dtype)
     keys, tokens = jax.random.split(jax.random.key(w.seed), 8), s.microbatch_rows * s.row_tokens
     heads, kv = spec.num_heads, spec.blocks[0].attention.num_kv_heads if spec.blocks[0].attention else 1
-    shape = (s.microbatch_rows, s.row_tokens)
+    shape, rows = (s.microbatch_rows, s.row_tokens), w.mesh().size
     x = jax.random.normal(keys[0], (*shape, spec.d_model), dtype)
     ids = jax.random.randint(keys[1], shape, 0, spec.vocab_size)
     table = 0.02 * jax.random.normal(keys[2], (spec.vocab_size, spec.d_model), dtype)
@@ -256,7 +262,7 @@ def kernels(w: Work) -> Side:
         return _one_layer(model, params, x, ones).astype(jnp.float32).mean()
 
     def head(x, table):
-        return ops.head(x, table, ids[:1], temperature=1.0, wanted_BT=None).logprobs_BT.mean()
+        return ops.head(x, table, ids[:rows], temperature=1.0, wanted_BT=None).logprobs_BT.mean()
 
     runs = {
         "matmul": (jax.jit(ops.matmul), (x.reshape(-1, spec.d_model), params["runs"]["0"]["ffn"]["gate"][0])),
@@ -265,7 +271,7 @@ def kernels(w: Work) -> Side:
             jax.jit(jax.grad(lambda q, k, v: ops.attention(q, k, v, ones).astype(jnp.float32).sum(), (0, 1, 2))),
             (q, k, v),
         ),
-        "head both": (jax.jit(jax.value_and_grad(head, (0, 1))), (x[:1], table)),
+        "head both": (jax.jit(jax.value_and_grad(head, (0, 1))), (x[:rows], table)),
         "layer both": (jax.jit(jax.grad(layer, (0, 1))), (params["runs"], x)),
     }
     ffn = spec.blocks[0].ffn.width if spec.blocks[0].ffn else 0
@@ -274,7 +280,7 @@ def kernels(w: Work) -> Side:
         "matmul": 2 * tokens * spec.d_model * ffn,
         "attention": scores,
         "attention both": 3.5 * scores,
-        "head both": 6 * s.row_tokens * spec.d_model * spec.vocab_size,
+        "head both": 6 * rows * s.row_tokens * spec.d_model * spec.vocab_size,
         "layer both": tokens * (flops_per_token(spec, context=s.row_tokens) - 6 * spec.vocab_size * spec.d_model),
     }
     items = {name: functools.partial(lambda f, a, k: f(*a), f, a) for name, (f, a) in runs.items()}
