@@ -94,11 +94,11 @@ class EmbeddedEngine:
         self._lock, self._swaps = threading.Lock(), 0
         self._tokens = self._steps = 0
         self._weights: Params = None
-        self._cache: Layers | None = None
         self._load = jax.jit(self._cast, out_shardings=self._model.unstacked_shardings())
         self._prefill = jax.jit(self._run_prefill)
         self._admit = jax.jit(self._run_admit, donate_argnums=(0,))
-        self._decode = jax.jit(self._run_decode, static_argnames=("window", "sampling"), donate_argnums=(1,))
+        self._decode = jax.jit(self._run_decode, static_argnames="sampling", donate_argnums=(1,))
+        self._resize = jax.jit(_resized, static_argnames="width", out_shardings=sharding(self._mesh, *CACHE_LOGICAL))
 
     def load_weights(self, number: int, params: Params) -> WeightVersion:
         """Copy `params` (gathered over fsdp, cast) and stamp later tokens with `number`. Waits for a running `generate`."""
@@ -116,12 +116,12 @@ class EmbeddedEngine:
         return {"sync": {"swaps": self._swaps}} | speculation
 
     def close(self) -> None:
-        self._weights = self._cache = None
+        self._weights = None
 
     @property
     def num_programs(self) -> int:
         """Compiled so far; constant after warm-up."""
-        programs: list[Any] = [self._load, self._prefill, self._admit, self._decode]
+        programs: list[Any] = [self._load, self._prefill, self._admit, self._decode, self._resize]
         return sum(p._cache_size() for p in programs)
 
     def generate(
@@ -157,7 +157,7 @@ class EmbeddedEngine:
     # Scheduling, on the host.
 
     def _drain(self, prompts: list[Prompt], batch: list[list[Sequence]], sampling: SamplingParams, seed: int) -> None:
-        slots = self._empty_slots()
+        slots = self._empty_slots(self._bucket(1))
         running: dict[int, Sequence] = {}
         queue = deque(range(len(prompts)))
         prefix: Prefix | None = None
@@ -168,10 +168,11 @@ class EmbeddedEngine:
                         break
                     rows = [queue.popleft() for _ in range(min(self._c.prefill_rows, len(queue)))]
                     prefix = self._prefill_rows([prompts[i] for i in rows], [batch[i] for i in rows])
+                slots = self._sized(slots, prefix.tokens_RT.shape[1], shrink=False)
                 slots = self._fill(slots, prefix, running, prompts, seed)
             longest = max(len(prompts[s.prompt].token_ids) + len(s.tokens) for s in running.values())
             window = self._bucket(min(longest + self._c.decode_chunk + 2 * self._c.speculate, self._c.max_len))
-            slots, *out = self._decode(self._weights, slots, window=window, sampling=sampling)
+            slots, *out = self._decode(self._weights, self._sized(slots, window, shrink=True), sampling=sampling)
             tokens, logprobs, counts, active, steps = jax.device_get(out)
             self._tokens, self._steps = self._tokens + int(counts.sum()), self._steps + int(steps)
             for slot, sequence in list(running.items()):
@@ -179,7 +180,6 @@ class EmbeddedEngine:
                 sequence.logprobs += logprobs[slot, : counts[slot]].tolist()
                 if not active[slot]:
                     del running[slot]
-        self._cache = slots.cache
 
     def _bucket(self, length: int) -> int:
         size = self._c.prefill_multiple
@@ -217,17 +217,21 @@ class EmbeddedEngine:
         key = jax.random.fold_in(self._key, seed)
         return self._admit(slots, prefix.tokens_RT, prefix.layers, prefix.hidden_RD, key, *rows)
 
-    def _empty_slots(self) -> Slots:
+    def _sized(self, slots: Slots, width: int, *, shrink: bool) -> Slots:
+        """The slots, their cache of so many positions (or more), one layer after the other. Attention reads a cache whole: a
+        part of it would be copied at every step."""
+        for i, layer in enumerate(slots.cache):
+            if layer[0].shape[2] < width or (shrink and layer[0].shape[2] > width):
+                slots.cache[i] = tuple(self._resize(x, width=width) for x in layer)
+        return slots
+
+    def _empty_slots(self, width: int) -> Slots:
         spec, size, dtype = self._model.spec, self._c.num_slots, self._model.compute.dtype
-        if self._cache is None:
-            where = sharding(self._mesh, *CACHE_LOGICAL)
-            self._cache = []
-            for block in spec.blocks:
-                if block.attention:
-                    shape = (size, block.attention.num_kv_heads, self._c.max_len, spec.head_dim)
-                    keys, values = (jnp.zeros(shape, dtype, device=where) for _ in range(2))
-                    self._cache.append((keys, values))
-        cache, self._cache = self._cache, None  # donated to the first admission
+        where, cache = sharding(self._mesh, *CACHE_LOGICAL), []
+        for block in spec.blocks:
+            if block.attention:
+                shape = (size, block.attention.num_kv_heads, width, spec.head_dim)
+                cache.append(tuple(jnp.zeros(shape, dtype, device=where) for _ in range(2)))
         drafts = self._c.speculate
         shapes = [((size, self._c.max_len), np.int32), ((size, drafts), np.int32)]
         shapes += [((size, drafts + 1, spec.d_model), dtype), ((size, 2), np.uint32)]
@@ -292,7 +296,7 @@ class EmbeddedEngine:
             active_S=new | slots.active_S,
         )
 
-    def _run_decode(self, weights: Params, slots: Slots, *, window: int, sampling: SamplingParams):
+    def _run_decode(self, weights: Params, slots: Slots, *, sampling: SamplingParams):
         """Steps until a slot has `decode_chunk` tokens more -> (slots, tokens [S, C + K], logprobs [S, C + K], counts [S],
         active [S], steps of all slots)."""
         chunk, size, drafts = self._c.decode_chunk, self._c.num_slots, self._c.speculate
@@ -318,10 +322,10 @@ class EmbeddedEngine:
             if drafts:
                 newest = jnp.take_along_axis(token, jnp.maximum(kept - 1, 0)[:, None], axis=1)
                 history = history.at[rows, slots.length_S[:, None] + ahead].set(token, mode="drop")
-                draft = propose(history[:, :window], length, count=drafts, ngram=self._c.ngram)
+                draft = propose(history, length, count=drafts, ngram=self._c.ngram)
             position = jnp.maximum(length - 1, 0)[:, None] + ahead
             run = jnp.concatenate([newest, draft], axis=1)
-            cache, hidden = self._step(weights, modules, slots.cache, run, position, window=window)
+            cache, hidden = self._step(weights, modules, slots.cache, run, position)
             num_new, active = slots.num_new_S + kept, slots.active_S & ~ended
             after = Slots(cache, history, draft, hidden, slots.keys_S, length, num_new, active)
             return after, tokens, logprobs, steps + slots.active_S.sum()
@@ -337,9 +341,7 @@ class EmbeddedEngine:
         )
         return slots, *map(whole, (tokens, logprobs, slots.num_new_S - before, slots.active_S, steps))
 
-    def _step(
-        self, weights: Params, modules: list[Any], cache: Layers, token_SJ: Array, position_SJ: Array, *, window: int
-    ):
+    def _step(self, weights: Params, modules: list[Any], cache: Layers, token_SJ: Array, position_SJ: Array):
         """Run J tokens a slot through the decoder; (cache, hidden [S, J, D]). What lies beyond the cache is not kept: drafts
         of a slot whose budget ends before them."""
         model, compute = self._model, self._model.compute
@@ -351,7 +353,7 @@ class EmbeddedEngine:
             keys = constrain(keys.at[rows, :, position_SJ].set(k, mode="drop"), self._mesh, *CACHE_LOGICAL)
             values = constrain(values.at[rows, :, position_SJ].set(v, mode="drop"), self._mesh, *CACHE_LOGICAL)
             new.append((keys, values))
-            return attend_cached(q, keys[:, :, :window], values[:, :, :window], position_SJ + 1)
+            return attend_cached(q, keys, values, position_SJ + 1)
 
         x = model.embed(weights, token_SJ)
         for layer in modules:
@@ -360,3 +362,7 @@ class EmbeddedEngine:
 
 
 CACHE_LOGICAL = ("batch", "heads", None, None)
+
+
+def _resized(x_SKTH: Array, *, width: int) -> Array:
+    return jnp.pad(x_SKTH[:, :, :width], ((0, 0), (0, 0), (0, max(0, width - x_SKTH.shape[2])), (0, 0)))
