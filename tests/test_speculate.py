@@ -1,10 +1,13 @@
 """Speculation changes how fast tokens come, never which: not a greedy one, not the distribution, not a seed's sample."""
 
 import dataclasses
+import statistics
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy.stats import chi2_contingency, chisquare
 
@@ -234,3 +237,43 @@ def test_the_check_of_the_distribution_catches_drafts_that_always_stand(tiny, mo
     monkeypatch.setattr(embedded, "accept", lambda tokens, draft: jnp.where(draft[:, 0] >= 0, draft.shape[1], 0))
     got, _ = draw(model, params, seed=2)
     assert min(p_values(got, pairs, plain)) < 1e-12
+
+
+def loops(count, rng):
+    """48 tokens that go round 16 of them, each row from another place."""
+    return (8 + (rng.integers(0, 16, (count, 1)) + np.arange(48)) % 16).astype(np.int32)
+
+
+@pytest.mark.slow
+def test_a_model_that_goes_round_in_a_loop_is_faster_with_drafts(make_model, capsys):
+    rng = np.random.default_rng(0)
+    model = make_model(llama(vocab_size=128, d_model=128, initializer_range=0.02))
+    adam = optax.adam(2e-3)
+    params = model.init_params(jax.random.key(0), dtype=jnp.float32)
+
+    @jax.jit
+    def step(params, state, tokens):
+        at = jnp.broadcast_to(jnp.arange(48)[None], tokens.shape)
+        grads = jax.grad(lambda p: -model.logprobs(p, tokens, at, jnp.ones_like(tokens)).logprobs_BT.mean())(params)
+        updates, state = adam.update(grads, state)
+        return optax.apply_updates(params, updates), state
+
+    state = adam.init(params)
+    for _ in range(150):
+        params, state = step(params, state, jnp.asarray(loops(8, rng)))
+    asked = [Prompt("p/0", tuple(loops(1, rng)[0].tolist()), "integer", {})]
+    c = EmbeddedConfig(num_slots=1, max_len=192, decode_chunk=32, prefill_rows=1, dtype="float32")
+    engines = {k: engine_of(model, dataclasses.replace(c, speculate=k), params) for k in (0, 4, 8)}
+    greedy, times, found = SamplingParams(0.0, 1.0, 0, 128, ()), {k: [] for k in engines}, {}
+    for turn in range(6):
+        for k, engine in engines.items():
+            start = time.perf_counter()
+            found[k] = engine.generate(asked, num_samples=1, sampling=greedy, seed=0)
+            times[k] += [time.perf_counter() - start] * (turn > 0)
+    assert found[4][0][0].token_ids == found[8][0][0].token_ids == found[0][0][0].token_ids
+    gains = {k: statistics.median(times[0]) / statistics.median(times[k]) for k in (4, 8)}
+    with capsys.disabled():
+        print(f"speed-up with drafts of 4 and 8: {gains[4]:.2f}, {gains[8]:.2f}; accepted a step: "
+              f"{accepted(engines[4]):.1f}, {accepted(engines[8]):.1f}")  # fmt: skip
+    assert accepted(engines[8]) > 3
+    assert max(gains.values()) > 1.1
