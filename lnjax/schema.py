@@ -231,8 +231,13 @@ class CheckpointConfig:
 class SftDataConfig:
     source: str
     """`arithmetic`, `python:MODULE:FUNCTION` or a .jsonl file in the Llama-Nemotron SFT schema."""
+    more: tuple[str, ...] = ()
+    """Further sources of a blend."""
+    weights: tuple[float, ...] = ()
+    """Of `source` and each of `more`: their shares of the examples, whatever their sizes (a small one comes around more often).
+    Empty: all examples alike."""
     num_examples: int = 0
-    """Of generated sources; 0: all of a file."""
+    """Of each generated source; 0: all of a file."""
     seed: int = 0
 
 

@@ -320,6 +320,30 @@ def test_an_sft_stream_continues_exactly_where_its_cursor_says(tokenizer):
     assert (batch.segment_ids_BT > 0).mean() > 0.8
 
 
+def test_a_blend_has_the_shares_of_its_weights_and_continues_where_its_cursor_says(tokenizer, tmp_path):
+    def config(weights):
+        for name, output, count in (("a", "ab", 5), ("b", "xyz", 40)):
+            row = {"output": output, "category": "chat", "reasoning": "off", "system_prompt": ""}
+            lines = [json.dumps({**row, "input": [{"role": "user", "content": f"{i}?"}]}) for i in range(count)]
+            (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        data = SftDataConfig(source=str(tmp_path / "a.jsonl"), more=(str(tmp_path / "b.jsonl"),), weights=weights)
+        pack = PackConfig(row_tokens=64, microbatch_rows=2)
+        return SftConfig(data=data, steps=1, batch_rows=4, pack=pack, optimizer=OptimizerConfig(learning_rate=1.0))
+
+    def share_of_a(stream):
+        text = "".join(tokenizer.decode(tuple(row.tolist())) for _ in range(30) for row in stream.take().tokens_BT)
+        return text.count("ab") / (text.count("ab") + text.count("xyz"))
+
+    assert 0.7 < share_of_a(build_sft_stream(config((3.0, 1.0)), tokenizer, seed=0)) < 0.8
+    assert 0.07 < share_of_a(build_sft_stream(config(()), tokenizer, seed=0)) < 0.15  # 5 of 45
+    stream, again = (build_sft_stream(config((3.0, 1.0)), tokenizer, seed=1) for _ in range(2))
+    stream.take()
+    again.seek(json.loads(json.dumps(stream.cursor)))
+    assert np.array_equal(stream.take().tokens_BT, again.take().tokens_BT)
+    with pytest.raises(ConfigError, match="a positive number for each of 2 sources"):
+        build_sft_stream(config((1.0,)), tokenizer, seed=0)
+
+
 def test_an_unknown_source_and_a_missing_count_are_config_errors(tokenizer):
     with pytest.raises(ConfigError, match="unknown data source 'arithmetics'"):
         build_prompt_stream(PromptConfig(source="arithmetics", num_prompts=1), tokenizer)

@@ -57,13 +57,18 @@ class PromptStream(ShuffledStream[Prompt]):
 class SftStream:
     """Packed batches of `batch_rows` rows (host arrays), from a grain pipeline whose state is the cursor."""
 
-    def __init__(self, samples: Sequence[Sample], *, c: SftConfig, seed: int):
-        source = [
-            {"tokens": np.asarray(s.token_ids, np.int32), "mask": np.asarray(s.loss_mask, np.float32)} for s in samples
-        ]
-        length = c.pack.row_tokens
+    def __init__(self, sources: Sequence[Sequence[Sample]], *, c: SftConfig, seed: int):
+        """Each source is shuffled and comes around by itself; `c.data.weights` mixes them."""
+        length, mixed = c.pack.row_tokens, []
+        for samples in sources if c.data.weights else [[s for source in sources for s in source]]:
+            items = [
+                {"tokens": np.asarray(s.token_ids, np.int32), "mask": np.asarray(s.loss_mask, np.float32)}
+                for s in samples
+            ]
+            mixed.append(grain.MapDataset.source(items).seed(seed).shuffle().repeat())
+        whole = grain.MapDataset.mix(mixed, c.data.weights) if c.data.weights else mixed[0]
         packed = experimental.FirstFitPackIterDataset(
-            grain.MapDataset.source(source).seed(seed).shuffle().repeat().to_iter_dataset(),
+            whole.to_iter_dataset(),
             length_struct={"tokens": length, "mask": length},
             num_packing_bins=c.batch_rows,
             seed=seed,
@@ -119,23 +124,32 @@ def build_prompt_stream(
 
 
 def build_sft_stream(c: SftConfig, tokenizer: Tokenizer, *, seed: int) -> SftStream:
-    """Every example is tokenized and checked now. Raises DataError naming the row."""
-    if c.data.source == "arithmetic":
+    """Every example of every source is tokenized and checked now. Raises DataError naming the row."""
+    sources = (c.data.source, *c.data.more)
+    if c.data.weights and (len(c.data.weights) != len(sources) or min(c.data.weights) <= 0):
+        raise ConfigError(
+            f"sft.data.weights={c.data.weights}: expected a positive number for each of {len(sources)} sources"
+        )
+    return SftStream([_sft_samples(x, c, tokenizer) for x in sources], c=c, seed=seed)
+
+
+def _sft_samples(source: str, c: SftConfig, tokenizer: Tokenizer) -> list[Sample]:
+    if source == "arithmetic":
         if c.data.num_examples < 1:
             raise ConfigError("sft.data.num_examples must be at least 1 for a generated source")
         rows = _named(
             "arithmetic/train", arithmetic_rows(num_rows=c.data.num_examples, seed=c.data.seed, split="train")
         )
-    elif c.data.source.startswith(PYTHON):
-        rows = rows_of_function(c.data.source, num_rows=c.data.num_examples, seed=c.data.seed, split="train")
+    elif source.startswith(PYTHON):
+        rows = rows_of_function(source, num_rows=c.data.num_examples, seed=c.data.seed, split="train")
     else:
-        rows = _file_rows(c.data.source, limit=c.data.num_examples)
-    with progress(f"examples of {c.data.source}", total=len(rows), unit="examples") as advance:
+        rows = _file_rows(source, limit=c.data.num_examples)
+    with progress(f"examples of {source}", total=len(rows), unit="examples") as advance:
         samples = []
         for where, row in rows:
             samples.append(to_sample(row, where=where, tokenizer=tokenizer, max_tokens=c.pack.row_tokens))
             advance(1)
-    return SftStream(samples, c=c, seed=seed)
+    return samples
 
 
 def prompt_rows(c: PromptConfig) -> list[tuple[str, Row]]:
