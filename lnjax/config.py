@@ -163,7 +163,10 @@ def override(config: RunConfig, words: Sequence[str]) -> RunConfig:
                 config = tyro.cli(
                     RunConfig,
                     default=config,
-                    args=[f"--{key.replace('_', '-')}", *values],
+                    args=[
+                        f"--{key.replace('_', '-')}",
+                        *(v.capitalize() if known[key] == "bool" else v for v in values),
+                    ],
                     config=MARKS,
                     use_underscores=False,
                 )

@@ -1,9 +1,9 @@
 """python -m lnjax.bench CASE --shape NAME [--arms default,steelman] [--rounds N] [--json PATH] [--chart PATH]
 
 Times our step beside the PyTorch path's, one after the other, A B A B, on the machine at hand. CASE: sft (ragged
-conversations), sft-dense, logprob, decode, grpo (a whole iteration), ops. The PyTorch arms run in processes of their own, with
-the same weights and tokens; they and we must agree on the first loss and gradient norm (or greedy tokens), else no time is
-printed. `ratio` is their time over ours.
+conversations), sft-dense, logprob, decode, grpo (a whole iteration), packing (what it saves; no arms), ops. The PyTorch arms
+run in processes of their own, with the same weights and tokens; they and we must agree on the first loss and gradient norm (or
+greedy tokens), else no time is printed. `ratio` is their time over ours.
 """
 
 import argparse
@@ -94,7 +94,9 @@ class Arm:
 def arm_names(text: str, *, case: str, python: str) -> list[str]:
     """Raises ConfigError for an arm that the case does not have, or no Python to run it with."""
     names = [] if text == "none" else text.split(",")
-    known = {"grpo": ["default"], "decode": ["default", "steelman", "vllm"]}.get(case, ["default", "steelman"])
+    known = {"packing": [], "grpo": ["default"], "decode": ["default", "steelman", "vllm"]}.get(
+        case, ["default", "steelman"]
+    )
     if other := [name for name in names if name not in known]:
         raise ConfigError(f"bench: {case} has no arm {other[0]!r}; use --arms {','.join(known)} or none")
     if names and shutil.which(python) is None:
@@ -246,7 +248,7 @@ def main(argv: Sequence[str]) -> int:
     console, arms = Console(stderr=True, soft_wrap=True), []
     try:
         names = arm_names(
-            options.arms or ("default" if options.case == "grpo" else "default,steelman"),
+            options.arms or {"grpo": "default", "packing": "none"}.get(options.case, "default,steelman"),
             case=options.case,
             python=options.python,
         )

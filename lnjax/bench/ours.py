@@ -18,6 +18,7 @@ from lnjax.bench.shapes import Shape
 from lnjax.build import build_model
 from lnjax.checkpoint.hf import save_hf
 from lnjax.data.packing import microbatches
+from lnjax.data.packing import pack as pack_rows
 from lnjax.mesh import make_mesh, put_rows
 from lnjax.models.decoder import Model, rope_tables
 from lnjax.planner.counts import flops_per_token, matmul_flops_per_token
@@ -38,7 +39,7 @@ from lnjax.schema import (
     SftConfig,
     SftDataConfig,
 )
-from lnjax.types import Completion, Prompt, Rollout, RolloutGroup, SamplingParams, Score
+from lnjax.types import Completion, Prompt, Rollout, RolloutGroup, Sample, SamplingParams, Score
 
 RATE = 1e-5
 GREEDY = 8
@@ -239,6 +240,47 @@ def reward(x: Completion) -> Score:
     return Score(sum(t % 2 == 0 for t in x.token_ids) / len(x.token_ids))
 
 
+def packing(w: Work) -> Side:
+    """The gradient of the same tokens: conversations packed or one a row, groups that share their prompt or do not.
+
+    A group is a prompt and samples of half its length each.
+    """
+    s, model = w.shape, w.model()
+    params, draw, half = w.params(model, dtype="float32"), np.random.default_rng(w.seed), s.prompt_tokens // 2
+    pack = PackConfig(row_tokens=s.row_tokens, microbatch_rows=s.microbatch_rows)
+    sums = sft.build_updater(
+        model,
+        SftConfig(data=SftDataConfig(source="bench"), steps=1, batch_rows=0, pack=pack, optimizer=w.optimizer()),
+        dtype=jnp.float32,
+    )
+    c = GrpoConfig(
+        prompts=PromptConfig(source="bench"), prompts_per_step=s.prompts, samples_per_prompt=s.samples, steps=1,
+        sampling=SamplingConfig(max_new_tokens=half), pack=pack, optimizer=w.optimizer(),
+    )  # fmt: skip
+    groups = [
+        [
+            Sample(p + tuple(draw.integers(0, s.spec.vocab_size, half).tolist()), (0,) * len(p) + (1,) * half,
+                   (-8.0,) * (len(p) + half), float(draw.normal()))
+            for _ in range(s.samples)
+        ]
+        for p in shapes.prompt_ids(s, seed=w.seed)
+    ]  # fmt: skip
+    talks = [[x] for x in shapes.conversations(s, seed=w.seed, dense=False)[0]]
+    items, put = {}, functools.partial(put_rows, model.compute.ops.mesh)
+    for name, limit in (("packed", pack.max_segments), ("padded", 1)):
+        rows = pack_rows(talks, c=dataclasses.replace(pack, max_segments=limit)).batch()
+        batches = put(microbatches(rows, rows=s.microbatch_rows))
+        items[name] = functools.partial(lambda b, k: sums.gradient(params, b), batches)
+    updater = grpo.build_updater(model, c, dtype=jnp.float32)
+    for name, share in (("prompts shared", True), ("prompts alone", False)):
+        shared = dataclasses.replace(c, pack=dataclasses.replace(pack, share_prompts=share))
+        batches = put(grpo.pack_part(groups, c=shared, first=True))
+        items[name] = functools.partial(lambda b, k: updater.gradient(params, b), batches)
+    tokens: dict[str, float] = dict.fromkeys(("packed", "padded"), sum(len(x.token_ids) for (x,) in talks))
+    tokens |= dict.fromkeys(("prompts shared", "prompts alone"), sum(len(x.token_ids) for g in groups for x in g))
+    return Side({}, items, tokens)
+
+
 def kernels(w: Work) -> Side:
     """Forward and backward of one layer, the head, and attention alone."""
     one = dataclasses.replace(w.shape.spec, blocks=w.shape.spec.blocks[:1], num_source_layers=1)
@@ -301,5 +343,6 @@ CASES: Mapping[str, Callable[[Work], Side]] = {
     "logprob": logprob,
     "decode": decode,
     "grpo": reinforce,
+    "packing": packing,
     "ops": kernels,
 }
