@@ -20,7 +20,7 @@ from tensorboardX import SummaryWriter
 from lnjax.errors import CheckpointError
 
 SILENT_S = 3.0  # a wait shorter than this shows nothing
-LINE_EVERY_S = 2.0
+LINE_EVERY_S, LONGEST_PAUSE_S = 2.0, 30.0  # between lines, which come more slowly the longer it takes
 TABLE_ROWS = 12
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -244,7 +244,8 @@ def progress(label: str, *, total: int, unit: str) -> Iterator[Callable[[int], N
         nonlocal done, shown
         done += count
         now = time.monotonic()
-        if now - start < SILENT_S or now - shown < LINE_EVERY_S or jax.process_index() > 0:
+        pause = min(max(LINE_EVERY_S, (now - start) / 3), LONGEST_PAUSE_S)
+        if now - start < SILENT_S or now - shown < pause or jax.process_index() > 0:
             return
         shown = now
         rate = done / (now - start)

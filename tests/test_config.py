@@ -76,8 +76,17 @@ def test_the_published_fine_tuning_has_its_rows_batches_and_rates():
 
 def test_overrides_are_typed_and_reach_their_leaf():
     job = parse(
-        ["--config", "tiny_grpo", "--grpo.steps", "3", "--grpo.loss.kl-estimator", "k1", "--checkpoint.export_hf=False"]
-        + ["--grpo.pack.share-prompts", "false"]
+        [
+            "--config",
+            "tiny_grpo",
+            "--grpo.steps",
+            "3",
+            "--grpo.loss.kl-estimator",
+            "k1",
+            "--checkpoint.export_hf=False",
+            "--grpo.pack.share-prompts",
+            "false",
+        ]
     )
     assert job.config.grpo.pack.share_prompts is False
     assert job.config.grpo.steps == 3

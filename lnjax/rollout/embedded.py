@@ -13,6 +13,7 @@ import functools
 import threading
 import zlib
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lnjax.errors import ConfigError, RolloutError
 from lnjax.mesh import check_divisible, constrain, put_rows, sharding
+from lnjax.metrics import progress
 from lnjax.models.decoder import Model, Params, rope_tables
 from lnjax.models.fingerprint import fingerprint
 from lnjax.ops.attention import attend_cached
@@ -138,8 +140,9 @@ class EmbeddedEngine:
                     f"{need}, the cache holds {self._c.max_len}; raise --engine.max-len or shorten the prompt"
                 )
         batch = [[Sequence(i, j) for j in range(num_samples)] for i in range(len(prompts))]
-        with self._lock:
-            self._drain(prompts, batch, sampling, seed)
+        total = len(prompts) * num_samples
+        with self._lock, progress(f"sampling for {len(prompts)} prompts", total=total, unit="completions") as advance:
+            self._drain(prompts, batch, sampling, seed, advance)
             number = self._version.number
         return [
             [
@@ -156,7 +159,14 @@ class EmbeddedEngine:
 
     # Scheduling, on the host.
 
-    def _drain(self, prompts: list[Prompt], batch: list[list[Sequence]], sampling: SamplingParams, seed: int) -> None:
+    def _drain(
+        self,
+        prompts: list[Prompt],
+        batch: list[list[Sequence]],
+        sampling: SamplingParams,
+        seed: int,
+        advance: Callable[[int], None],
+    ) -> None:
         slots = self._empty_slots(self._bucket(1))
         running: dict[int, Sequence] = {}
         queue = deque(range(len(prompts)))
@@ -175,11 +185,13 @@ class EmbeddedEngine:
             slots, *out = self._decode(self._weights, self._sized(slots, window, shrink=True), sampling=sampling)
             tokens, logprobs, counts, active, steps = jax.device_get(out)
             self._tokens, self._steps = self._tokens + int(counts.sum()), self._steps + int(steps)
+            size = len(running)
             for slot, sequence in list(running.items()):
                 sequence.tokens += tokens[slot, : counts[slot]].tolist()
                 sequence.logprobs += logprobs[slot, : counts[slot]].tolist()
                 if not active[slot]:
                     del running[slot]
+            advance(size - len(running))
 
     def _bucket(self, length: int) -> int:
         size = self._c.prefill_multiple
