@@ -24,9 +24,13 @@ def config() -> RunConfig:
             prompts=dataclasses.replace(base.grpo.prompts, **kinds),
             sampling=sampling,
             advantage=AdvantageConfig(baseline="leave_one_out", normalize_std=False),
-            pack=PackConfig(row_tokens=2048, microbatch_rows=1),  # about three prompts, eight completions each
+            steps=24,
+            pack=PackConfig(row_tokens=1024, microbatch_rows=2),  # a prompt and its eight completions
         ),
         eval=dataclasses.replace(
-            base.eval, prompts=dataclasses.replace(base.eval.prompts, **kinds, num_prompts=240), sampling=sampling
+            base.eval,
+            num_samples=1,
+            prompts=dataclasses.replace(base.eval.prompts, **kinds, num_prompts=200),
+            sampling=sampling,
         ),
     )
