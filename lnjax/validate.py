@@ -129,7 +129,7 @@ def _room(c: RunConfig, stage: str, s: Any) -> int:
         return s.max_new_tokens
     if e.max_turns < 1 or e.max_tokens < s.max_new_tokens:
         raise ConfigError(
-            f"environment: max_turns={e.max_turns}, max_tokens={e.max_tokens}; expected 1, {stage}.sampling.max_new_tokens or more"
+            f"environment: max_turns={e.max_turns}, max_tokens={e.max_tokens}; needs 1, {stage}.sampling.max_new_tokens or more"
         )
     return e.max_tokens
 

@@ -1,0 +1,58 @@
+"""A small model learns when to use a calculator: SFT on lessons with and without calls, then GRPO over several turns.
+
+Numbers are chosen here, for minutes on two CPU cores. `--environment.kind none` measures and trains it without an answer to its
+calls.
+"""
+
+from configs.quickstart import config as quickstart
+from lnjax.schema import (
+    CheckpointConfig,
+    EmbeddedConfig,
+    EnvironmentConfig,
+    EvalConfig,
+    GrpoConfig,
+    OptimizerConfig,
+    PackConfig,
+    PromptConfig,
+    RewardConfig,
+    RunConfig,
+    SamplingConfig,
+    SftConfig,
+    SftDataConfig,
+)
+
+
+def config() -> RunConfig:
+    problems = "python:configs._tools:problems"
+    return RunConfig(
+        name="tiny_tools",
+        model=quickstart().model,
+        engine=EmbeddedConfig(
+            num_slots=64, max_len=288, decode_chunk=16, prefill_rows=16, prefill_multiple=32, dtype="float32"
+        ),
+        reward=RewardConfig(num_workers=1),
+        environment=EnvironmentConfig(kind="calculator", max_turns=2, max_tokens=256),
+        sft=SftConfig(
+            data=SftDataConfig(source="python:configs._tools:lessons", num_examples=4000),
+            steps=400,
+            batch_rows=16,
+            pack=PackConfig(row_tokens=256, microbatch_rows=16),
+            optimizer=OptimizerConfig(
+                learning_rate=2e-3, schedule="cosine", min_learning_rate=1e-4, warmup_steps=20, weight_decay=0.01
+            ),
+        ),
+        grpo=GrpoConfig(
+            prompts=PromptConfig(source=problems, num_prompts=2000, seed=1, max_prompt_tokens=32),
+            prompts_per_step=8,
+            samples_per_prompt=8,
+            steps=20,
+            sampling=SamplingConfig(max_new_tokens=96),
+            pack=PackConfig(row_tokens=288, microbatch_rows=16),
+            optimizer=OptimizerConfig(learning_rate=1e-4, schedule="cosine", min_learning_rate=1e-5, warmup_steps=2),
+        ),
+        eval=EvalConfig(
+            prompts=PromptConfig(source=problems, split="heldout", num_prompts=128, max_prompt_tokens=32),
+            sampling=SamplingConfig(max_new_tokens=96, temperature=0.0),
+        ),
+        checkpoint=CheckpointConfig(every=100, keep=2),
+    )
