@@ -1,8 +1,8 @@
-"""Generated lessons with a calculator: products and sums, some of which a tiny model cannot work out by itself.
+"""Generated lessons with a calculator: products and sums of two-digit numbers, which a tiny model can hardly work out.
 
-SFT imitates mixed habits. A sum of two digits is answered at once. A harder problem is half the time given to the calculator,
-whose result is then repeated, and half the time answered at once: a number that no thought led to, so what the model learns from
-it is to guess. GRPO has to find out which of the two is right.
+What SFT imitates has mixed habits: a problem is given to the calculator, whose result is then repeated, as often as it is
+answered at once, a number that no thought led to. What the model learns of the latter is to guess; GRPO has to find out which of
+the two is right. Some lessons only ask to repeat something: copying is what calls and answers are made of.
 """
 
 import json
@@ -14,7 +14,8 @@ from lnjax.data.arithmetic import unit
 from lnjax.data.rows import Row
 from lnjax.errors import DataError
 
-EASY_SHARE, CALL_SHARE = 0.2, 0.5
+CALL_SHARE, GUESS_SHARE = 0.4, 0.4
+"""The rest is to repeat."""
 HELD_OUT_OF_TEN = 1
 
 
@@ -22,16 +23,20 @@ def problems(num_rows: int, *, seed: int, split: str) -> list[Row]:
     """Distinct hard problems for RL; the same for the same arguments, none in both splits."""
     return [
         {"input": [{"role": "user", "content": f"{x}=?"}], "args": {"verifier": "integer", "answer": calculate(x)}}
-        for x in _expressions(num_rows, random.Random(f"problems/{split}/{seed}"), split=split, easy=0.0)
+        for x in _expressions(num_rows, random.Random(f"problems/{split}/{seed}"), split=split)
     ]
 
 
 def lessons(num_rows: int, *, seed: int, split: str) -> Iterator[Row]:
     """For SFT. A lesson with a call is two rows, of which the second learns the answer alone: `num_rows` is of problems."""
-    for x in _expressions(num_rows, random.Random(f"lessons/{split}/{seed}"), split=split, easy=EASY_SHARE):
-        asked, answer = {"role": "user", "content": f"{x}=?"}, calculate(x)
-        if len(x) == 3 or unit(f"call/{x}") >= CALL_SHARE:
+    for x in _expressions(num_rows, random.Random(f"lessons/{split}/{seed}"), split=split):
+        asked, answer, draw = {"role": "user", "content": f"{x}=?"}, calculate(x), unit(f"habit/{x}")
+        if draw < GUESS_SHARE:
             yield {"input": [asked], "output": answer}
+            continue
+        if draw >= GUESS_SHARE + CALL_SHARE:
+            said = x if draw < (1 + GUESS_SHARE + CALL_SHARE) / 2 else answer
+            yield {"input": f"say {said}", "output": said}
             continue
         calls = json.dumps([{"name": "calculator", "arguments": {"expression": x}}])
         call = f"<TOOLCALL>{calls}</TOOLCALL>"
@@ -40,15 +45,12 @@ def lessons(num_rows: int, *, seed: int, split: str) -> Iterator[Row]:
         yield {"input": [asked, {"role": "assistant", "content": call}, result], "output": answer}
 
 
-def _expressions(count: int, rng: random.Random, *, split: str, easy: float) -> list[str]:
+def _expressions(count: int, rng: random.Random, *, split: str) -> list[str]:
     found: dict[str, None] = {}
     for _ in range(100 * count + 1000):
         if len(found) == count:
             break
-        if rng.random() < easy:
-            found[f"{rng.randint(0, 9)}+{rng.randint(0, 9)}"] = None
-            continue
-        x = f"{rng.randint(100, 999)}{rng.choice('*+')}{rng.randint(100, 999)}"
+        x = f"{rng.randint(10, 99)}{rng.choice('*+')}{rng.randint(10, 99)}"
         if (unit(f"split/{x}") * 10 < HELD_OUT_OF_TEN) == (split == "heldout"):
             found[x] = None
     if len(found) < count:

@@ -4,13 +4,14 @@ Numbers are chosen here, for minutes on two CPU cores. `--environment.kind none`
 calls.
 """
 
-from configs.quickstart import config as quickstart
 from lnjax.schema import (
     CheckpointConfig,
     EmbeddedConfig,
     EnvironmentConfig,
     EvalConfig,
     GrpoConfig,
+    ModelConfig,
+    ModelSpec,
     OptimizerConfig,
     PackConfig,
     PromptConfig,
@@ -19,6 +20,7 @@ from lnjax.schema import (
     SamplingConfig,
     SftConfig,
     SftDataConfig,
+    uniform_blocks,
 )
 
 
@@ -26,7 +28,24 @@ def config() -> RunConfig:
     problems = "python:configs._tools:problems"
     return RunConfig(
         name="tiny_tools",
-        model=quickstart().model,
+        model=ModelConfig(
+            source="random",
+            spec=ModelSpec(
+                vocab_size=128,
+                d_model=128,
+                num_heads=4,
+                head_dim=32,
+                blocks=uniform_blocks(num_layers=3, num_kv_heads=2, ffn=256),
+                num_source_layers=3,
+                tied_embeddings=True,
+                max_position=288,
+                bos_token_id=1,
+                eos_token_ids=(2, 5),
+            ),
+            tokenizer="arithmetic",
+            compute_dtype="float32",
+            remat="none",
+        ),
         engine=EmbeddedConfig(
             num_slots=64, max_len=288, decode_chunk=16, prefill_rows=16, prefill_multiple=32, dtype="float32"
         ),
@@ -34,11 +53,11 @@ def config() -> RunConfig:
         environment=EnvironmentConfig(kind="calculator", max_turns=2, max_tokens=256),
         sft=SftConfig(
             data=SftDataConfig(source="python:configs._tools:lessons", num_examples=4000),
-            steps=400,
-            batch_rows=16,
-            pack=PackConfig(row_tokens=256, microbatch_rows=16),
+            steps=700,
+            batch_rows=8,
+            pack=PackConfig(row_tokens=256, microbatch_rows=8),
             optimizer=OptimizerConfig(
-                learning_rate=2e-3, schedule="cosine", min_learning_rate=1e-4, warmup_steps=20, weight_decay=0.01
+                learning_rate=3e-3, schedule="cosine", min_learning_rate=1e-4, warmup_steps=20, weight_decay=0.01
             ),
         ),
         grpo=GrpoConfig(
@@ -51,8 +70,8 @@ def config() -> RunConfig:
             optimizer=OptimizerConfig(learning_rate=1e-4, schedule="cosine", min_learning_rate=1e-5, warmup_steps=2),
         ),
         eval=EvalConfig(
-            prompts=PromptConfig(source=problems, split="heldout", num_prompts=128, max_prompt_tokens=32),
-            sampling=SamplingConfig(max_new_tokens=96, temperature=0.0),
+            prompts=PromptConfig(source=problems, split="heldout", num_prompts=200, max_prompt_tokens=32),
+            sampling=SamplingConfig(max_new_tokens=96),
         ),
         checkpoint=CheckpointConfig(every=100, keep=2),
     )

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 import time
 
 import jax
@@ -9,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lnjax import launch
 from lnjax.calculator import calculate
 from lnjax.config import load_config
 from lnjax.data.chat import prompt_ids, tool_turn
@@ -38,6 +39,7 @@ from lnjax.types import Completion, Prompt, Rollout, RolloutGroup, SamplingParam
 from lnjax.validate import validate
 from tests.specs import llama
 from tests.test_parity import NUMBER, Case
+from tests.test_train import ROOT, environment, metrics
 
 STOP = 5
 SAMPLING = SamplingParams(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=4, stop_token_ids=(STOP,))
@@ -174,9 +176,8 @@ def test_the_learner_is_given_credit_for_the_policys_tokens_alone():
     assert batch.count_B.sum() == 6.0  # token_mean divides by what the policy said
 
 
-@pytest.mark.parametrize(("at", "moves"), [(2, False), (3, False), (4, True)])
-def test_no_number_of_an_environments_token_reaches_loss_or_gradient(make_model, at, moves):
-    """A policy's token (at 4) does, by its importance weight: the test would see it."""
+def test_no_number_of_an_environments_token_reaches_loss_or_gradient(make_model):
+    """A policy's token does, by its importance weight: the test would see it."""
     loss_config, model = GrpoLossConfig(importance_cap=1e9), make_model(llama())
     c = grpo_config(loss=loss_config)
     params = model.init_params(jax.random.key(0), dtype=jnp.float32)
@@ -198,10 +199,11 @@ def test_no_number_of_an_environments_token_reaches_loss_or_gradient(make_model,
         grads, sums = up.gradient(params, put_rows(model.compute.ops.mesh, pack_part(parts, c=c, first=True)))
         return [np.asarray(x) for x in [*jax.tree.leaves(grads), sums.total, *sums.metrics.values()]]
 
-    logprobs = tuple(-9.0 if i == at else x for i, x in enumerate(TWO_TURNS.logprobs))
-    one, other = result(TWO_TURNS), result(dataclasses.replace(TWO_TURNS, logprobs=logprobs))
-    same = all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
-    assert same is not moves
+    first = result(TWO_TURNS)
+    for at, moves in ((2, False), (3, False), (4, True)):
+        logprobs = tuple(-9.0 if i == at else x for i, x in enumerate(TWO_TURNS.logprobs))
+        other = result(dataclasses.replace(TWO_TURNS, logprobs=logprobs))
+        assert all(np.array_equal(a, b) for a, b in zip(first, other, strict=True)) is not moves
 
 
 class Heard:
@@ -423,7 +425,7 @@ def test_a_template_may_bring_its_own_tags_and_one_without_tool_messages_is_refu
     deaf = tokenizer.template.replace("for message in messages", "for message in messages if message['role'] != 'tool'")
     with pytest.raises(TemplateError, match="shows no message of role tool"):
         Calculator(dataclasses.replace(tokenizer, template=deaf))
-    changed = tokenizer.template.replace("bos_token", "bos_token * (messages | length)")
+    changed = tokenizer.template.replace("bos_token", "bos_token * (1 + ('tool' in messages | map(attribute='role')))")
     with pytest.raises(TemplateError, match="shows no message of role tool"):
         tool_turn(dataclasses.replace(tokenizer, template=changed), "0")
 
@@ -459,21 +461,29 @@ def test_an_environment_that_does_not_fit_is_refused(changes, match):
     validate(dataclasses.replace(c, environment=dataclasses.replace(environment, kind="none")))
 
 
+ANSWERS_SOME = """
+import sys
+from lnjax import launch
+from lnjax.data.tokenizer import load_tokenizer
+from lnjax.environment import Calculator
+
+REPLY = tuple(load_tokenizer("arithmetic").encode("<|start_header_id|>user<|end_header_id|>?"))
+Calculator.reply = lambda self, prompt, said: REPLY if 0 not in said.mask and said.token_ids[0] % 2 else None
+sys.exit(launch.main(sys.argv[1:]))
+"""
+"""An untrained model calls nothing: half of its first turns are answered whatever they say."""
+
+
 @pytest.mark.slow
-def test_a_run_with_an_environment_goes_on_where_it_stopped_bit_by_bit(tmp_path, monkeypatch):
-    reply = tuple(load_tokenizer("arithmetic").encode("<|start_header_id|>user<|end_header_id|>?"))
-
-    def once(self, prompt, said):
-        return reply if 0 not in said.mask and said.token_ids[0] % 2 else None
-
-    monkeypatch.setattr(Calculator, "reply", once)
+def test_a_run_with_an_environment_goes_on_where_it_stopped_bit_by_bit(tmp_path):
     words = ["--config", "tiny_grpo", "--environment.kind", "calculator", "--environment.max-tokens", "56"]
-    words += ["--sft", "None", "--grpo.max-staleness", "0", "--eval.prompts.num-prompts", "8"]
+    words += ["--sft.steps", "2", "--eval.prompts.num-prompts", "8"]
 
     def run(folder, steps):
-        assert launch.main([*words, "--run-dir", str(folder), "--grpo.steps", str(steps)]) == 0
-        lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in x.items() if k != "time"} for x in lines if x["stage"] == "grpo"]
+        command = [sys.executable, "-c", ANSWERS_SOME, *words, "--run-dir", str(folder), "--grpo.steps", str(steps)]
+        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return [x for x in metrics(folder) if x["stage"] == "grpo"]
 
     whole = run(tmp_path / "whole", 4)
     assert run(tmp_path / "parts", 2) == whole[:2]
