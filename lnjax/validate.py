@@ -124,8 +124,7 @@ def _sampling(name: str, s: Any) -> None:
 
 def _room(c: RunConfig, stage: str, s: Any) -> int:
     """Tokens behind a prompt: of one completion, or of all turns where there is an environment."""
-    e = c.environment
-    if e.kind == "none":
+    if (e := c.environment).kind == "none":
         return s.max_new_tokens
     if e.max_turns < 1 or e.max_tokens < s.max_new_tokens:
         raise ConfigError(

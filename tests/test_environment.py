@@ -22,6 +22,7 @@ from lnjax.grpo import credit, describe, pack_part
 from lnjax.learn.loss import grpo_loss
 from lnjax.learn.update import Updater
 from lnjax.mesh import put_rows
+from lnjax.proxy import proxy
 from lnjax.record import RolloutRecord
 from lnjax.rewards.protocol import ScoreRequest
 from lnjax.rollout.embedded import EmbeddedEngine
@@ -459,6 +460,7 @@ def test_an_environment_that_does_not_fit_is_refused(changes, match):
         validate(dataclasses.replace(c, environment=environment))
     validate(dataclasses.replace(c, environment=EnvironmentConfig(kind="calculator", max_tokens=56)))
     validate(dataclasses.replace(c, environment=dataclasses.replace(environment, kind="none")))
+    validate(proxy(dataclasses.replace(c, environment=environment)))
 
 
 ANSWERS_SOME = """
