@@ -1,8 +1,7 @@
 """Generated lessons with a calculator: products and sums of two-digit numbers, which a tiny model can hardly work out.
 
-What SFT imitates has mixed habits: a problem is given to the calculator, whose result is then repeated, as often as it is
-answered at once, a number that no thought led to. What the model learns of the latter is to guess; GRPO has to find out which of
-the two is right. Some lessons only ask to repeat something: copying is what calls and answers are made of.
+What SFT imitates has mixed habits: a problem is given to the calculator, whose result is then repeated, or it is answered at
+once. The latter teaches such a model to guess; GRPO has to find out which of the two is right. Some lessons only ask to repeat something: copying is what calls and answers are made of.
 """
 
 import json
@@ -14,13 +13,13 @@ from lnjax.data.arithmetic import unit
 from lnjax.data.rows import Row
 from lnjax.errors import DataError
 
-CALL_SHARE, GUESS_SHARE = 0.4, 0.4
+CALL_SHARE, GUESS_SHARE = 0.4, 0.3
 """The rest is to repeat."""
 HELD_OUT_OF_TEN = 1
 
 
 def problems(num_rows: int, *, seed: int, split: str) -> list[Row]:
-    """Distinct hard problems for RL; the same for the same arguments, none in both splits."""
+    """Distinct problems for RL; the same for the same arguments, none in both splits."""
     return [
         {"input": [{"role": "user", "content": f"{x}=?"}], "args": {"verifier": "integer", "answer": calculate(x)}}
         for x in _expressions(num_rows, random.Random(f"problems/{split}/{seed}"), split=split)

@@ -52,19 +52,19 @@ def config() -> RunConfig:
         reward=RewardConfig(num_workers=1),
         environment=EnvironmentConfig(kind="calculator", max_turns=2, max_tokens=256),
         sft=SftConfig(
-            data=SftDataConfig(source="python:configs._tools:lessons", num_examples=4000),
-            steps=700,
+            data=SftDataConfig(source="python:configs._tools:lessons", num_examples=8000),
+            steps=1500,
             batch_rows=8,
             pack=PackConfig(row_tokens=256, microbatch_rows=8),
             optimizer=OptimizerConfig(
-                learning_rate=3e-3, schedule="cosine", min_learning_rate=1e-4, warmup_steps=20, weight_decay=0.01
+                learning_rate=3e-3, schedule="cosine", min_learning_rate=1e-4, warmup_steps=40, weight_decay=0.01
             ),
         ),
         grpo=GrpoConfig(
             prompts=PromptConfig(source=problems, num_prompts=2000, seed=1, max_prompt_tokens=32),
             prompts_per_step=8,
             samples_per_prompt=8,
-            steps=20,
+            steps=40,
             sampling=SamplingConfig(max_new_tokens=96),
             pack=PackConfig(row_tokens=288, microbatch_rows=16),
             optimizer=OptimizerConfig(learning_rate=1e-4, schedule="cosine", min_learning_rate=1e-5, warmup_steps=2),

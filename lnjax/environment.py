@@ -81,10 +81,8 @@ class TurnEngine:
                 if not said.finished or not (heard := self._environment.reply(prompts[i], said)):
                     continue
                 found[i][j], n = dataclasses.replace(said, finished=False), len(heard)
-                if (
-                    turn <= self._c.max_turns
-                    and len(said.token_ids) + n + sampling.max_new_tokens <= self._c.max_tokens
-                ):
+                fits = len(said.token_ids) + n + sampling.max_new_tokens <= self._c.max_tokens
+                if fits and turn <= self._c.max_turns:
                     going.append((i, j))
                     found[i][j] = _joined(said, Completion(heard, (0.0,) * n, said.versions[-1:] * n, False, (0,) * n))
             asked = [_longer(prompts[i], found[i][j], name=f"{j}/{turn}") for i, j in going]
