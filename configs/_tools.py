@@ -1,7 +1,8 @@
 """Generated lessons with a calculator: products and sums of two-digit numbers, which a tiny model can hardly work out.
 
 What SFT imitates has mixed habits: a problem is given to the calculator, whose result is then repeated, or it is answered at
-once. The latter teaches such a model to guess; GRPO has to find out which of the two is right. Some lessons only ask to repeat something: copying is what calls and answers are made of.
+once. The latter teaches such a model to guess; GRPO has to find out which of the two is right. Some lessons only ask to repeat
+something: copying is what calls and answers are made of.
 """
 
 import json
