@@ -34,6 +34,7 @@ from lnjax.schema import (
     PackConfig,
     PromptConfig,
     RecordConfig,
+    VllmConfig,
 )
 from lnjax.score import describe_groups, score_groups
 from lnjax.types import Completion, Prompt, Rollout, RolloutGroup, SamplingParams, Score
@@ -253,8 +254,9 @@ def test_the_parity_oracle_leaves_out_what_an_environment_said(tmp_path):
     whole = case.check(case.groups(number=NUMBER))
     values = case.check(case.groups(change=lambda c: with_reply(c, told=True)))
     assert values["parity_prob_error"] <= 1.0001
-    chosen = case.config.engine.parity_samples
-    assert whole["parity_tokens_checked"] - 2 * chosen == values["parity_tokens_checked"]
+    assert isinstance(case.config.engine, VllmConfig)
+    left_out = 2 * case.config.engine.parity_samples
+    assert whole["parity_tokens_checked"] - left_out == values["parity_tokens_checked"]
     with pytest.raises(RolloutError, match="servers and learner disagree"):
         case.check(case.groups(change=lambda c: with_reply(c, told=False)))
 
