@@ -24,7 +24,7 @@ from lnjax.metrics import write_json
 from lnjax.models.family import family
 from lnjax.rewards.sandbox import run_program
 from lnjax.sampler import Sampler, digest_of, front_door, open_sampler
-from lnjax.schema import ModelSpec, SamplingConfig
+from lnjax.schema import EnvironmentConfig, ModelSpec, SamplingConfig
 from lnjax.score import figure
 from lnjax.types import Prompt
 
@@ -55,7 +55,8 @@ def work(job: Job, options: argparse.Namespace) -> None:
     reward = replace(job.config.reward, model=None, judge=job.config.reward.judge if "chat" in rows else None)
     if "livecodebench" in rows:
         reward = replace(reward, deadline_s=max(reward.deadline_s, tasks.CODE_S + 10))
-    out, c = options.out or job.run_dir / "evaluate", replace(job.config, reward=reward)
+    out = options.out or job.run_dir / "evaluate"
+    c = replace(job.config, reward=reward, environment=EnvironmentConfig())  # benchmarks bring no tools that answer
     with open_sampler(c, folder=out / "engine") as s:
         asked = {name: {mode: prompts_of(s, mode, of) for mode in MODES} for name, of in rows.items()}
         found: dict[str, Any] = {name: {"missing": why} for name, why in lacks.items()}

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from lnjax.checkpoint.load import load_weights, read_num_scores, read_spec
 from lnjax.checkpoint.publish import Publisher
 from lnjax.data.tokenizer import Tokenizer, load_tokenizer
+from lnjax.environment import Calculator, Environment, TurnEngine
 from lnjax.errors import ConfigError
 from lnjax.mesh import check_divisible, make_mesh
 from lnjax.metrics import MetricsLog
@@ -44,6 +45,8 @@ class Built:
     tokenizer: Tokenizer
     key: Array
     """Base of every random draw: `fold_in` a purpose (KEY_*) and go on from there."""
+    environment: Environment | None = None
+    """What answers the policy between its turns."""
 
     @property
     def param_dtype(self) -> Any:
@@ -131,7 +134,8 @@ def build(c: RunConfig, run_dir: Path) -> Built:
             f"tokenizer {tokenizer_source(c.model)} has {tokenizer.vocab_size} ids, the model's vocabulary "
             f"{spec.vocab_size}; use the model's own tokenizer (--model.tokenizer same)"
         )
-    return Built(c, run_dir, mesh, build_model(c, spec=spec, mesh=mesh), tokenizer, jax.random.key(c.seed))
+    calculator = Calculator(tokenizer) if c.environment.kind == "calculator" else None
+    return Built(c, run_dir, mesh, build_model(c, spec=spec, mesh=mesh), tokenizer, jax.random.key(c.seed), calculator)
 
 
 def build_model(c: RunConfig, *, spec: ModelSpec, mesh: Mesh) -> Model:
@@ -195,7 +199,13 @@ def build_scores(b: Built, inner: Any) -> Any:
 
 
 def build_engine(b: Built, *, note: Callable[[str], None]) -> tuple[RolloutEngine, Publisher | None]:
-    """What the config's engine section asks for, and where its weights are written. Servers start in the background."""
+    """What the config's engine and environment sections ask for, and where its weights are written. Servers start in the
+    background."""
+    engine, publisher = _single_turn_engine(b, note=note)
+    return TurnEngine(engine, b.environment, c=b.config.environment) if b.environment else engine, publisher
+
+
+def _single_turn_engine(b: Built, *, note: Callable[[str], None]) -> tuple[RolloutEngine, Publisher | None]:
     c = b.config.engine
     if isinstance(c, EmbeddedConfig):
         return EmbeddedEngine(b.model, c=c, key=jax.random.fold_in(b.key, KEY_ENGINE)), None

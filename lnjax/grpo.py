@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import jax
@@ -136,12 +137,12 @@ def credit(groups: Sequence[RolloutGroup], *, c: GrpoConfig) -> list[list[Sample
         for rollout, advantage in zip(group.rollouts, advantages_of(group, c=c), strict=True):
             if c.advantage.overlong_filter and not rollout.completion.finished:
                 continue
-            before, after = group.prompt.token_ids, rollout.completion.token_ids
+            before, completion = group.prompt.token_ids, rollout.completion
             samples.append(
                 Sample(
-                    token_ids=before + after,
-                    loss_mask=(0,) * len(before) + (1,) * len(after),
-                    sampler_logprobs=(0.0,) * len(before) + rollout.completion.logprobs,
+                    token_ids=before + completion.token_ids,
+                    loss_mask=(0,) * len(before) + completion.mask,
+                    sampler_logprobs=(0.0,) * len(before) + completion.logprobs,
                     advantage=float(advantage),
                 )
             )
@@ -216,8 +217,8 @@ def _combine(stats: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def describe(groups: Sequence[RolloutGroup], c: GrpoConfig, *, updates: int) -> dict[str, Any]:
     """What the rollouts were like. Raises RolloutError for a token staler than allowed."""
-    rollouts = [x for g in groups for x in g.rollouts]
-    behind = [-(-(updates - v) // c.updates_per_step) for x in rollouts for v in x.completion.versions]
+    said = [x.completion for g in groups for x in g.rollouts]
+    behind = [-(-(updates - v) // c.updates_per_step) for x in said for v in compress(x.versions, x.mask)]
     if max(behind) > c.max_staleness or min(behind) < 0:
         raise RolloutError(
             f"a token is of weights {max(behind)} steps behind the learner's and another {min(behind)}; allowed are 0 to "
@@ -225,7 +226,7 @@ def describe(groups: Sequence[RolloutGroup], c: GrpoConfig, *, updates: int) -> 
         )
     return {
         **describe_groups(groups),
-        "version": max(x.completion.versions[-1] for x in rollouts),
+        "version": max(x.versions[-1] for x in said),
         "staleness_mean": sum(behind) / len(behind),
         "staleness_max": max(behind),
     }

@@ -61,7 +61,7 @@ class Parity:
         return values
 
     def _score_by_version(self, chosen: Sequence[Rollout], *, params: Any, updates: int) -> list[np.ndarray]:
-        """Logprobs of each completion's tokens; NaN where a version is no longer there."""
+        """Logprobs of each completion's tokens; NaN where a version is no longer there, or an environment spoke."""
         found = [np.full(len(x.completion.token_ids), np.nan) for x in chosen]
         for number in sorted({v for x in chosen for v in x.completion.versions}):
             weights = params if number == updates else self._old_weights(number)
@@ -87,8 +87,8 @@ class Parity:
     def _score(self, chosen: Sequence[Rollout], params: Any, *, temperature: float | None = None) -> list[np.ndarray]:
         if temperature is None:
             temperature = self._c.sampling.temperature
-        pairs = [(x.prompt.token_ids, x.completion.token_ids) for x in chosen]
-        samples = [Sample(p + a, (0,) * len(p) + (1,) * len(a)) for p, a in pairs]
+        pairs = [(x.prompt.token_ids, x.completion) for x in chosen]
+        samples = [Sample(p + a.token_ids, (0,) * len(p) + a.mask) for p, a in pairs]
         packing = pack([[s] for s in samples], c=self._c.pack)
         rows = microbatches(packing.batch(), rows=self._c.pack.microbatch_rows)
         scored = np.concatenate(
@@ -97,7 +97,7 @@ class Parity:
         found = []
         for rollout, place in zip(chosen, packing.places, strict=True):
             columns = place.columns[len(rollout.prompt.token_ids) :]
-            found.append(scored[place.row, columns].astype(np.float64))
+            found.append(np.where(rollout.completion.mask, scored[place.row, columns].astype(np.float64), np.nan))
         return found
 
     def _stop(

@@ -38,7 +38,8 @@ def measure(c: RunConfig, run_dir: Path, *, out: Path, num_samples: int) -> list
         raise ConfigError(f"{c.name} has no grpo stage, whose prompts are what is measured; use a config that has one")
     rows = [row for _, row in prompt_rows(g.prompts)]
     judge = c.reward.judge and c.reward.judge.model
-    config = digest_of(asdict(g.prompts), asdict(g.sampling), c.reward.format, judge, c.engine.dtype, c.seed, rows)
+    asked = asdict(g.prompts), asdict(g.sampling), asdict(c.environment)
+    config = digest_of(*asked, c.reward.format, judge, c.engine.dtype, c.seed, rows)
     measured = {"model": c.model.source, "config": config, "samples": num_samples}
     finished_rows(out, measured=measured)  # a refusal need not wait for weights
     with open_sampler(c, folder=run_dir / "passrate") as s:

@@ -113,7 +113,7 @@ def evaluate(c: RecipeEvalConfig, config: RunConfig, folder: Path, *, of: str) -
                 answers = s.engine.generate(asked, num_samples=1, sampling=s.built.sampling(sampling), seed=EVAL_SEED)
                 scored = score_groups(asked, answers, tokenizer=tokenizer, reward=s.reward)
                 one = [group.rollouts[0] for group in scored]
-                found[name, mode] = [(x.score.parts, tokenizer.decode(x.completion.token_ids)) for x in one]
+                found[name, mode] = [(x.score.parts, tokenizer.decode(x.completion.last_turn)) for x in one]
 
     def mean(name: str, part: str, *modes: str) -> dict[str, float]:
         return figure([parts.get(part, 0.0) for mode in modes for parts, _ in found[name, mode]])

@@ -136,8 +136,7 @@ def _comparison(group: RolloutGroup) -> Comparison:
     ranked, before = sorted(group.rollouts, key=lambda x: -x.score.reward), group.prompt.token_ids
     samples = []
     for x in ranked:
-        after = x.completion.token_ids
-        samples.append(Sample(before + after, (0,) * len(before) + (1,) * len(after)))
+        samples.append(Sample(before + x.completion.token_ids, (0,) * len(before) + x.completion.mask))
     return Comparison(tuple(samples), tuple((x.score.reward,) for x in ranked))
 
 

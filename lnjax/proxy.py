@@ -75,6 +75,7 @@ def proxy(c: RunConfig) -> RunConfig:
         ops=OpsConfig(),
         engine=engine,
         reward=replace(c.reward, num_workers=1, judge=judge),
+        environment=replace(c.environment, kind="none"),  # its prompts bring no tools
         sft=_sft(c, mesh=mesh),
         preference=None,
         reward_model=None,

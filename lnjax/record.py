@@ -70,14 +70,15 @@ class RolloutRecord:
     def _rollout(self, rollout: Rollout, advantage: float) -> dict[str, Any]:
         completion, score = rollout.completion, rollout.score
         head, skipped, tail = self._ends(completion.token_ids)
-        logprobs = [round(x, 3) if math.isfinite(x) else None for x in completion.logprobs]
+        pairs = zip(completion.logprobs, completion.mask, strict=True)
+        logprobs = [round(x, 3) if m and math.isfinite(x) else None for x, m in pairs]
         return {
             "reward": score.reward,
             "parts": dict(score.parts),
             "failure": score.failure,
             "advantage": round(advantage, 4) if math.isfinite(advantage) else None,
             "finished": completion.finished,
-            "tokens": len(completion.token_ids),
+            "tokens": sum(completion.mask),
             "versions": [[v, len(list(same))] for v, same in itertools.groupby(completion.versions)],
             "texts": head + tail,
             "logprobs": logprobs[: len(head)] + logprobs[len(logprobs) - len(tail) :],

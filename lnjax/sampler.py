@@ -66,7 +66,7 @@ class Sampler:
                         "id": prompt.id,
                         "pass_rate": sum(x.score.parts["accuracy"] for x in group.rollouts) / num_samples,
                         "unfinished": sum(not x.completion.finished for x in group.rollouts) / num_samples,
-                        "tokens": sum(len(x.completion.token_ids) for x in group.rollouts) / num_samples,
+                        "tokens": sum(sum(x.completion.mask) for x in group.rollouts) / num_samples,
                         "failures": [x.score.failure for x in group.rollouts if x.score.failure],
                     }
                     file.write(json.dumps({**row, **found, "measured": measured}).encode() + b"\n")

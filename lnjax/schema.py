@@ -190,6 +190,19 @@ class RewardConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EnvironmentConfig:
+    """Answers the policy between its turns. `sampling.max_new_tokens` is then one turn's."""
+
+    kind: Literal["none", "calculator"] = "none"
+    """`calculator` evaluates `<TOOLCALL>[{"name": "calculator", "arguments": {"expression": "..."}}]</TOOLCALL>`."""
+    max_turns: int = 4
+    """Of the policy; an episode that asks for more is unfinished."""
+    max_tokens: int = 1024
+    """Of all turns and replies after the prompt. A turn begins only where its max_new_tokens fit in, else the episode is
+    unfinished."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CurriculumConfig:
     """Prompts from easy to hard by their measured pass rates; the algorithm stands in lnjax/data/curriculum.py."""
 
@@ -349,6 +362,8 @@ class RunConfig:
     """What samples, for GRPO and for evaluation."""
     reward: RewardConfig = RewardConfig()
     """What scores, for GRPO and for evaluation."""
+    environment: EnvironmentConfig = EnvironmentConfig()
+    """What answers the policy's tool calls, for GRPO and for evaluation."""
     sft: SftConfig | None = None
     preference: PreferenceConfig | None = None
     grpo: GrpoConfig | None = None

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -53,13 +54,13 @@ class ModelScores:
 def score_groups(
     prompts: Sequence[Prompt], completions_PG: Sequence[Sequence[Completion]], *, tokenizer: Tokenizer, reward: Any
 ) -> list[RolloutGroup]:
-    """One group a prompt. A completion that did not finish scores 0."""
+    """One group a prompt. Verifiers read the last turn. A completion that did not finish scores 0."""
     requests = [
         ScoreRequest(
             prompt.verifier,
             prompt.args,
             prompt.reasoning,
-            tokenizer.decode(c.token_ids),
+            tokenizer.decode(c.last_turn),
             c.finished,
             prompt.text,
             prompt.token_ids + c.token_ids,
@@ -78,7 +79,8 @@ def describe_groups(groups: Sequence[RolloutGroup]) -> dict[str, Any]:
     """What the rollouts of a step were like, for the log."""
     rollouts = [x for g in groups for x in g.rollouts]
     count = len(rollouts)
-    lengths = [len(x.completion.token_ids) for x in rollouts]
+    lengths = [sum(x.completion.mask) for x in rollouts]
+    turns = [1 + sum(a < b for a, b in pairwise(x.completion.mask)) for x in rollouts]
     parts = sorted({k for x in rollouts for k in x.score.parts})
     tasks: dict[str, list[float]] = {}
     for group in groups:
@@ -90,6 +92,7 @@ def describe_groups(groups: Sequence[RolloutGroup]) -> dict[str, Any]:
         "reward": sum(x.score.reward for x in rollouts) / count,
         **{k: sum(x.score.parts.get(k, 0.0) for x in rollouts) / count for k in parts},
         **by_task,
+        **({"turns_mean": sum(turns) / count} if any(x.completion.spoken for x in rollouts) else {}),
         "mixed_groups": mixed / len(groups),
         "completion_tokens_mean": sum(lengths) / count,
         "completion_tokens_max": max(lengths),

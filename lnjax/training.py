@@ -66,6 +66,8 @@ class PromptConfig:
     """Of every prompt, whatever its row asks for; empty: the row's own."""
     system_prompt: str = ""
     """Sent as the system message where a row has none; empty sends none."""
+    tools: Literal["none", "calculator"] = "none"
+    """Shown in the system message of rows that bring no `tools`; what answers calls is the run's `environment`."""
     max_prompt_tokens: int = 512
     """A longer prompt is an error that names its row."""
 

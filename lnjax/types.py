@@ -51,7 +51,8 @@ class WeightVersion:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What the engine sampled for one prompt. Includes the stop token when `finished`."""
+    """What the engine sampled for one prompt, and what an environment said between two turns. Includes the stop token of each
+    turn; of the last one when `finished`."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -59,14 +60,26 @@ class Completion:
     versions: tuple[int, ...]
     """`WeightVersion.number` that produced each token. One a token."""
     finished: bool
-    """True when a stop token ended it; False when the token budget did."""
+    """True when a stop token ended it; False when the budget of tokens or of turns did."""
+    spoken: tuple[int, ...] = ()
+    """One a token: 1 the policy's, 0 an environment's (logprob 0, the version of the turn before). Empty: all the policy's."""
 
     def __post_init__(self):
-        if not len(self.token_ids) == len(self.logprobs) == len(self.versions):
+        if not len(self.token_ids) == len(self.logprobs) == len(self.versions) == len(self.mask):
             raise ValueError(
-                f"Completion: {len(self.token_ids)} tokens, {len(self.logprobs)} logprobs and "
-                f"{len(self.versions)} versions; every token needs one of each"
+                f"Completion: {len(self.token_ids)} tokens, {len(self.logprobs)} logprobs, {len(self.versions)} versions "
+                f"and {len(self.mask)} of the mask; every token needs one of each"
             )
+
+    @property
+    def mask(self) -> tuple[int, ...]:
+        """1 where the policy spoke, else 0. One a token."""
+        return self.spoken or (1,) * len(self.token_ids)
+
+    @property
+    def last_turn(self) -> tuple[int, ...]:
+        """The policy's tokens since the environment last spoke: its answer."""
+        return self.token_ids[max((i for i, m in enumerate(self.mask, 1) if not m), default=0) :]
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ def validate(c: RunConfig) -> None:
         _positive(c, {"eval.num_samples", "eval.sampling.max_new_tokens"})
         if c.eval.prompts.num_prompts < 1:
             raise ConfigError("eval.prompts.num_prompts must be at least 1: how many held-out prompts are scored")
-        _fits_engine(c, "eval", c.eval.prompts.max_prompt_tokens + c.eval.sampling.max_new_tokens)
+        _fits_engine(c, "eval", c.eval.prompts.max_prompt_tokens + _room(c, "eval", c.eval.sampling))
         _sampling("eval.sampling", c.eval.sampling)
 
 
@@ -81,12 +81,12 @@ def _validate_grpo(c: RunConfig) -> None:
             raise ConfigError(f"grpo.curriculum.batches={g.curriculum.batches} must be positive, or 0 for all prompts")
     if g.samples_per_prompt < 2:
         raise ConfigError("grpo.samples_per_prompt must be at least 2: advantages compare the samples of a prompt")
-    longest = g.prompts.max_prompt_tokens + g.sampling.max_new_tokens
+    longest = g.prompts.max_prompt_tokens + _room(c, "grpo", g.sampling)
     _fits_engine(c, "grpo", longest)
     if longest > g.pack.row_tokens:
         raise ConfigError(
-            f"grpo.prompts.max_prompt_tokens + grpo.sampling.max_new_tokens = {longest}, but grpo.pack.row_tokens is "
-            f"{g.pack.row_tokens}; the longest sequence must fit a row"
+            f"grpo.prompts.max_prompt_tokens + grpo.sampling.max_new_tokens (or environment.max_tokens) = {longest}, but "
+            f"grpo.pack.row_tokens is {g.pack.row_tokens}; the longest sequence must fit a row"
         )
     _sampling("grpo.sampling", g.sampling)
     if g.sampling.top_p < 1 or g.sampling.top_k > 0:
@@ -100,7 +100,7 @@ def _validate_online(c: RunConfig, p: PreferenceConfig, online: OnlineConfig) ->
     """Of preferences whose answers the policy samples."""
     _positive(c, {"preference.data.sampling.max_new_tokens"})
     _sampling("preference.data.sampling", online.sampling)
-    asked, new = online.prompts.max_prompt_tokens, online.sampling.max_new_tokens
+    asked, new = online.prompts.max_prompt_tokens, _room(c, "preference.data", online.sampling)
     _fits_engine(c, "preference.data", asked + new)
     if p.loss == "dpo" or online.samples_per_prompt < 2:
         raise ConfigError(
@@ -122,11 +122,22 @@ def _sampling(name: str, s: Any) -> None:
         )
 
 
+def _room(c: RunConfig, stage: str, s: Any) -> int:
+    """Tokens behind a prompt: of one completion, or of all turns where there is an environment."""
+    if (e := c.environment).kind == "none":
+        return s.max_new_tokens
+    if e.max_turns < 1 or e.max_tokens < s.max_new_tokens:
+        raise ConfigError(
+            f"environment: max_turns={e.max_turns}, max_tokens={e.max_tokens}; needs 1, {stage}.sampling.max_new_tokens or more"
+        )
+    return e.max_tokens
+
+
 def _fits_engine(c: RunConfig, stage: str, longest: int) -> None:
     if longest > c.engine.max_len:
         raise ConfigError(
-            f"{stage}.prompts.max_prompt_tokens + {stage}.sampling.max_new_tokens = {longest}, but engine.max_len is "
-            f"{c.engine.max_len}; raise --engine.max-len"
+            f"{stage}.prompts.max_prompt_tokens + {stage}.sampling.max_new_tokens (or environment.max_tokens) = {longest}, but "
+            f"engine.max_len is {c.engine.max_len}; raise --engine.max-len"
         )
 
 

@@ -31,6 +31,22 @@ def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     return tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True))
 
 
+def tool_turn(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """What follows the stop token of an assistant's turn when a tool says `text`, up to where the assistant speaks again.
+
+    Special tokens in `text` are recognised: it must not be another's. Raises TemplateError where it does not arrive whole.
+    """
+    user, assistant, _ = PROBE
+    head = supervised(tokenizer, [user], answer=assistant["content"], where="chat template").token_ids
+    whole = prompt_ids(tokenizer, [user, assistant, {"role": "tool", "content": text}])
+    tail = tuple(whole[len(head) :])
+    if tuple(whole[: len(head)]) != head or text not in tokenizer.decode(tail, skip_special=False):
+        raise TemplateError(
+            "chat template: it shows no message of role tool behind the assistant's; use another, or --environment.kind none"
+        )
+    return tail
+
+
 def supervised(tokenizer: Tokenizer, messages: Sequence[Message], *, answer: str, where: str) -> Sample:
     """A sample whose targets are the tokens of `answer` and the stop token that ends the turn.
 

@@ -15,6 +15,7 @@ from lnjax.data.ifeval_combined import combined_prompts
 from lnjax.data.ifeval_prompts import ifeval_prompts
 from lnjax.data.rows import PYTHON, Row, read_jsonl, rows_of_function, to_prompt, to_sample
 from lnjax.data.tokenizer import Tokenizer
+from lnjax.data.tools import OFFERED
 from lnjax.errors import ConfigError, DataError
 from lnjax.metrics import progress
 from lnjax.schema import CurriculumConfig, PromptConfig, SftConfig
@@ -108,7 +109,7 @@ def build_prompt_stream(
         for where, row in rows:
             prompts.append(
                 to_prompt(
-                    row,
+                    {"tools": OFFERED[c.tools], **row},
                     where=where,
                     tokenizer=tokenizer,
                     max_tokens=c.max_prompt_tokens,

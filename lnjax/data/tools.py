@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lnjax.calculator import TOOL
 from lnjax.errors import DataError
 
 PREAMBLE = """You can use these tools:
@@ -11,6 +12,9 @@ PREAMBLE = """You can use these tools:
 To call some, answer with this alone:
 <TOOLCALL>[{{"name": "tool", "arguments": {{"parameter": "value"}}}}]</TOOLCALL>
 Their results come back as <TOOL_RESPONSE>[...]</TOOL_RESPONSE>. Without a tool that fits, answer in words."""
+
+OFFERED: Mapping[str, Sequence[Mapping[str, Any]]] = {"none": (), "calculator": (TOOL,)}
+"""By what `prompts.tools` asks for."""
 
 
 def tools_of(row: Mapping[str, Any], *, where: str) -> list[dict[str, Any]]:
