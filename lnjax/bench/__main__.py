@@ -25,8 +25,10 @@ import matplotlib
 from lnjax.profile import PROFILING, table
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the arms share the GPU
-# A CPU as two devices: what XLA runs on one thread, all that lies between products, is then done by two cores.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+if (
+    __name__ == "__main__"
+):  # a CPU as two devices: what XLA runs on one thread, between products, is then done by two cores
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
 if "--profile" in sys.argv:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PROFILING}"
 
