@@ -51,6 +51,7 @@ def test_an_arm_that_is_not_there_is_named(capsys):
     assert "no no/such/python; build it with" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_shape_with_adapters_has_no_arms_and_trains_over_frozen_weights(capsys, tmp_path):
     assert main(["sft", "--shape", "8b-lora", "--python", sys.executable]) == 2
     assert "8b-lora trains adapters, which no arm does; use --arms none" in capsys.readouterr().err

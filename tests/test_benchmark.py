@@ -255,6 +255,7 @@ def words(data, out, tasks="aime24,ifeval,bfcl"):
 SAMPLES = ["--samples", "4"]
 
 
+@pytest.mark.slow
 def test_on_and_off_stand_side_by_side_and_the_same_command_asks_only_what_is_missing(data, engine, capsys, tmp_path):
     out = tmp_path / "results"
     assert benchmark.main([*words(data, out), *SAMPLES]) == 0

@@ -196,6 +196,7 @@ def finished(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_trains_adapters_over_both_stages_and_exports_merged_weights(finished, make_model):
     lines = metrics(finished)
     losses = [x["loss"] for x in lines if x["stage"] == "sft"]
