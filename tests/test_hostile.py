@@ -136,6 +136,7 @@ def test_a_worker_has_no_more_memory_than_its_limit(pool):
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is made of Linux namespaces")
 
 
+@pytest.mark.slow
 @linux
 def test_hostile_code_scores_0_leaves_nothing_and_the_next_program_is_scored(pool, tmp_path):
     listening = socket.create_server(("127.0.0.1", 0))

@@ -63,6 +63,7 @@ def logprobs(model, params, batch):
     return score(params, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make_spec", "remat"), [(llama, "none"), (nemotron, "dots"), (llama, "full")])
 def test_new_adapters_change_nothing_and_only_they_have_gradients(make_model, make_spec, remat):
     plain = make_model(make_spec(), remat=remat)
@@ -74,6 +75,7 @@ def test_new_adapters_change_nothing_and_only_they_have_gradients(make_model, ma
     assert jax.tree.structure(grads) == jax.tree.structure(adapters)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_an_adapter_is_the_kernels_projected(make_model):
     plain = make_model(nemotron())
     model, params, batch = adapted(plain), base(plain), split(rows(nemotron(), 4), 4)

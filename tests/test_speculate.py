@@ -145,6 +145,7 @@ def test_nothing_compiles_after_warm_up_with_drafts(pair):
     assert drafts.num_programs == before
 
 
+@pytest.mark.slow
 def test_eight_devices_accept_the_same_drafts(make_model, pair):
     _, params, _, drafts = pair
     want = drafts.generate(prompts(), num_samples=2, sampling=SAMPLING, seed=9)

@@ -116,6 +116,7 @@ def test_sft_lowers_the_loss(finished):
     assert losses[-1] < losses[0] - 1.0
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_metrics_but_for_times(finished, tmp_path):
     run("--config", "tiny_grpo", "--run-dir", tmp_path / "again")
     assert metrics(tmp_path / "again") == metrics(finished)
