@@ -7,9 +7,9 @@ import httpx
 import pytest
 
 from lnjax.convert import main as convert
+from lnjax.errors import RolloutError
 from lnjax.rewards.judge import JudgeClient, Question
 from lnjax.rewards.pool import build_reward
-from lnjax.rewards.protocol import ScoreRequest
 from lnjax.rollout.server import ENTRY, find_python, free_port, serve_environment
 from lnjax.schema import JudgeConfig, RewardConfig, VllmConfig
 from tests import fleet
@@ -64,17 +64,17 @@ def test_a_small_model_gives_a_verdict_or_is_said_to_give_none_and_is_asked_once
     for verdict in first:  # of a model this small: any, but never an error of the protocol
         assert verdict.failure == "" or verdict.failure.startswith("judge: neither YES nor NO in "), verdict
     certain = [v for v in first if not v.failure]
-    assert certain, first
+    assert certain or any("Paris" in v.failure for v in first), first  # a model of words, if not of verdicts
     again = client.ask(asked)
     assert [v.right for v in again] == [v.right for v in first]
     assert client.counts["remembered"] == len(certain)
     assert client.counts["asked"] == 2 * len(asked) - len(certain)
 
 
-def test_a_wrong_model_name_is_refused_by_the_server_and_costs_the_sample_only(judge):
-    request = ScoreRequest("judge", {"answer": "Paris"}, True, "<think>a</think>Rome", True, "Capital of France?")
-    reward = RewardConfig(num_workers=1, format="think", judge=config(judge, model="another", rule_first=False))
-    with build_reward(reward) as pool:
+def test_a_wrong_model_name_is_known_before_anything_is_sampled(judge):
+    reward = RewardConfig(num_workers=1, judge=config(judge, model="another"))
+    with (
+        build_reward(reward) as pool,
+        pytest.raises(RolloutError, match=r"refused with status 404.*reward\.judge\.model"),
+    ):
         pool.start()
-        (score,) = pool.score([request])
-    assert (score.reward, score.failure) == (0.0, "judge: refused with status 404")
