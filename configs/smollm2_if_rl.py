@@ -1,7 +1,7 @@
 """smollm2_if_grpo over all 25 kinds of IFEval instructions, 1 to 10 of them in a prompt, by RLOO: the published stage, small.
 
 Published (arXiv 2505.00949, section 6): RLOO, synthetic prompts of 1 to 10 instructions, fewer than 120 steps. The reward is the
-share of a prompt's instructions that are followed, strictly. Sizes are chosen for half an hour on two CPU cores.
+share of a prompt's instructions that are followed, strictly. Sizes are chosen.
 """
 
 import dataclasses

@@ -17,7 +17,7 @@ from lnjax.alive import Notice, Watchdog
 from lnjax.config import config_hash, save_config
 from lnjax.data.streams import build_prompt_stream
 from lnjax.errors import ConfigError
-from lnjax.evaluate import EVAL_SEED
+from lnjax.heldout import EVAL_SEED
 from lnjax.metrics import write_json
 from lnjax.recipe import STAGE, RecipeConfig, RecipeEvalConfig, RecipeStage, resolve, resolved
 from lnjax.report.page import write_page

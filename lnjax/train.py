@@ -16,8 +16,8 @@ from lnjax.checkpoint.store import Checkpoints
 from lnjax.config import check_run_dir, config_hash, save_config
 from lnjax.data.chat import lint_template
 from lnjax.data.streams import PromptStream, build_prompt_stream
-from lnjax.evaluate import EvalResult, evaluate
 from lnjax.fit import check_fits
+from lnjax.heldout import EvalResult, evaluate
 from lnjax.metrics import MetricsLog, peak_memory_bytes, write_json
 from lnjax.models.hf import hf_config
 from lnjax.profile import Profile, parse_steps

@@ -24,10 +24,9 @@ FLOORS = [
     {"score", "stage", "fit", "environment"},
     {"build"},
     {"source", "parity", "sampler"},
-    {"benchmark"},
-    {"evaluate", "sft", "grpo", "preference"},
+    {"heldout", "sft", "grpo", "preference"},
     {"report"},
-    {"train", "flags", "passrate"},
+    {"train", "flags", "passrate", "evaluate"},
     {"slurm", "planner", "pipeline"},
     {"launch", "plan", "convert", "serve", "bench"},
 ]

@@ -73,6 +73,16 @@ def run(*words):
 
 
 @pytest.mark.slow
+def test_packing_and_sharing_are_timed_over_the_same_tokens(tmp_path):
+    run("packing", "--json", str(tmp_path / "rows.json"))
+    rows = {r["item"]: r for r in json.loads((tmp_path / "rows.json").read_text())}
+    tokens = {name: r["ours_tokens_per_s"] * r["ours_s"] for name, r in rows.items()}
+    assert [*tokens] == ["packed", "padded", "prompts shared", "prompts alone"]
+    assert tokens["packed"] == pytest.approx(tokens["padded"])
+    assert tokens["prompts shared"] == pytest.approx(tokens["prompts alone"]) == pytest.approx(2 * 2 * (16 + 8))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["sft", "sft-dense", "logprob", "decode", "grpo", "ops"])
 def test_both_sides_agree_and_are_timed(tmp_path, case):
     build_environment()

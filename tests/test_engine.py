@@ -102,6 +102,7 @@ def test_a_prompt_is_prefilled_once_for_its_whole_group(wide, monkeypatch):
     assert len(calls) == 1
 
 
+@pytest.mark.slow
 def test_eight_devices_sample_the_same_tokens(make_model, wide, rollouts):
     model = make_model(nemotron(initializer_range=0.3), mesh=MeshConfig(fsdp=4, tensor=2), devices=8)
     engine, _ = engine_of(model)

@@ -66,6 +66,7 @@ TEXTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_a_megabyte_of_text_is_scored_or_refused_within_the_deadlines(pool, text):
     names = [name for name in ARGS if name != "ifeval"]

@@ -124,6 +124,7 @@ def train(model, params, *, steps):
     return losses, state.params
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_leaves_the_base_as_it_was(make_model):
     model = adapted(make_model(llama()))
     params, batch = base(model), rows(llama(), 4)

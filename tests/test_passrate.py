@@ -33,6 +33,7 @@ def test_every_row_of_the_source_gets_its_rate_and_what_measured_it(measured):
     assert measured.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_stopped_measurement_goes_on_to_the_same_bytes_and_drops_half_a_line(measured, tmp_path):
     whole, out = measured.read_bytes(), tmp_path / "rates.jsonl"
     lines = whole.splitlines(keepends=True)

@@ -18,7 +18,8 @@ from flax import nnx
 from jax import Array
 
 from lnjax.mesh import constrain, platform, positions_axis, sharding
-from lnjax.models.lora import LORA, Adapter, abstract, adapt, merge
+from lnjax.models.abstract import abstract
+from lnjax.models.lora import LORA, Adapter, adapt, merge
 from lnjax.models.spec import Run, runs
 from lnjax.ops.embed import embed_xla
 from lnjax.ops.head import HeadOutput
@@ -77,8 +78,8 @@ class Kernels(nnx.Module):
         y = c.ops.matmul(x, self.use(name, c))
         if not hasattr(self, f"{name}_a"):
             return y
-        low = matmul_xla(x, self.use(f"{name}_a", c))
-        return y + self.lora_scale * matmul_xla(low, self.use(f"{name}_b", c))
+        a, b = self.use(f"{name}_a", c), self.use(f"{name}_b", c)
+        return y + self.lora_scale * matmul_xla(matmul_xla(x, a), b)
 
     def enter(self, x_BTD: Array, eps: float, c: Compute) -> Array:
         """The normed residual stream, gathered over tensor."""
@@ -246,8 +247,8 @@ class Model:
         """What training changes, likewise: all parameters, or adapters alone (`{LORA: ...}`)."""
         if self.lora is None:
             return self.abstract_params(dtype=dtype)
-        state = nnx.state(_abstract(self.spec, self.lora), Adapter)
-        return {LORA: abstract(state, dtype=dtype, mesh=self.compute.ops.mesh)}
+        adapters = nnx.state(_abstract(self.spec, self.lora), Adapter)
+        return {LORA: abstract(adapters, dtype=dtype, mesh=self.compute.ops.mesh)}
 
     def abstract_frozen(self) -> Params:
         """The rest, in compute dtype; `{}` without adapters. `frozen | trained` is what the model computes with."""
@@ -261,8 +262,7 @@ class Model:
             decoder = adapt(Decoder(self.spec, rngs=rngs), self.lora, rngs=rngs)
             return {LORA: jax.tree.map(lambda x: x.astype(dtype), nnx.to_pure_dict(nnx.state(decoder, Adapter)))}
 
-        where = jax.tree.map(lambda x: x.sharding, self.abstract_trained(dtype=dtype))
-        return jax.jit(init, out_shardings=where)(key)
+        return jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, self.abstract_trained(dtype=dtype)))(key)
 
     def merged(self, params: Params) -> Params:
         """Parameters without adapters, the same model."""

@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from lnjax.errors import ConfigError
-from lnjax.mesh import check_divisible, sharding
 from lnjax.schema import LoraConfig
 
 LORA = "lora"
@@ -50,16 +49,6 @@ def adapt(decoder: Any, c: LoraConfig | None, *, rngs: nnx.Rngs) -> Any:
                 setattr(part, f"{name}_a", Adapter(a, logical=(layers, logical[0], None)))
                 setattr(part, f"{name}_b", Adapter(jnp.zeros((n, c.rank, d_out)), logical=(layers, None, logical[1])))
     return decoder
-
-
-def abstract(state: nnx.State, *, dtype: Any, mesh: Mesh) -> Any:
-    """The tree of a state as ShapeDtypeStructs with shardings. Raises ConfigError where the mesh does not divide a dim."""
-    flat = {}
-    for path, param in nnx.to_flat_state(state):
-        logical = param.get_metadata()["logical"]
-        check_divisible(mesh, name="/".join(map(str, path)), shape=param.shape, logical=logical)
-        flat[path] = jax.ShapeDtypeStruct(param.shape, dtype, sharding=sharding(mesh, *logical))
-    return nnx.traversals.unflatten_mapping(flat)
 
 
 def merge(params: Any, c: LoraConfig) -> Any:

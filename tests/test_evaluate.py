@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from lnjax import benchmark
-from lnjax.benchmark import member_of, table
+from lnjax import evaluate
 from lnjax.data.tokenizer import load_tokenizer
 from lnjax.errors import DataError
+from lnjax.evaluate import member_of, table
 from lnjax.models.family import family
 from lnjax.rewards.code import unpack
 from lnjax.rewards.pool import build_reward
@@ -243,7 +243,7 @@ def engine(monkeypatch):
         with build_reward(c.reward) as reward:
             yield Sampler(built, scripted, reward, "0" * 16)
 
-    monkeypatch.setattr(benchmark, "open_sampler", opened)
+    monkeypatch.setattr(evaluate, "open_sampler", opened)
     return scripted
 
 
@@ -258,7 +258,7 @@ SAMPLES = ["--samples", "4"]
 @pytest.mark.slow
 def test_on_and_off_stand_side_by_side_and_the_same_command_asks_only_what_is_missing(data, engine, capsys, tmp_path):
     out = tmp_path / "results"
-    assert benchmark.main([*words(data, out), *SAMPLES]) == 0
+    assert evaluate.main([*words(data, out), *SAMPLES]) == 0
     assert engine.asked[:2] == [("aime24/0/on", 4, 0.6, 0.95), ("aime24/0/off", 1, 0.0, 1.0)]
     summary = json.loads((out / "summary.json").read_text())
     assert {name: (t["on"]["mean"], t["off"]["mean"]) for name, t in summary["tasks"].items()} == {
@@ -275,33 +275,33 @@ def test_on_and_off_stand_side_by_side_and_the_same_command_asks_only_what_is_mi
     file = out / "bfcl_on.jsonl"
     file.write_bytes(file.read_bytes()[:-20])
     (out / "summary.json").unlink()
-    assert benchmark.main([*words(data, out), *SAMPLES]) == 0
+    assert evaluate.main([*words(data, out), *SAMPLES]) == 0
     assert engine.asked == [("bfcl/0/on", 4, 0.6, 0.95)]
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
     # Another seed is another measurement.
-    assert benchmark.main([*words(data, out), *SAMPLES, "--seed", "1"]) == 2
+    assert evaluate.main([*words(data, out), *SAMPLES, "--seed", "1"]) == 2
     assert "aime24_on.jsonl:1: measured otherwise (config was" in capsys.readouterr().err
 
 
 def test_what_cannot_be_measured_is_a_row_that_says_why_and_an_error_where_it_was_asked_for(
     data, engine, capsys, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(benchmark, "run_program", refuse)
+    monkeypatch.setattr(evaluate, "run_program", refuse)
     for name in ("gpqa", "math500"):
         (data / TASKS[name].files).unlink()
     (data / "bfcl_v2_live" / "possible_answer" / "one.json").unlink()
-    assert benchmark.main([*words(data, tmp_path / "results", tasks=""), *SAMPLES]) == 0
+    assert evaluate.main([*words(data, tmp_path / "results", tasks=""), *SAMPLES]) == 0
     rows = (tmp_path / "results" / "table.md").read_text().splitlines()
     assert [row.split(" | ")[0] for row in rows[2:10]] == [f"| {name}" for name in TASKS]
     assert "gpqa_diamond.csv: missing; put the benchmark gpqa there" in rows[2]
     assert "bfcl_v2_live/possible_answer/*.json: missing" in rows[7]
     assert "not measured: no sandbox" in rows[8]
     assert "the config has no reward.judge; add one" in rows[9]
-    assert benchmark.main(words(data, tmp_path / "results", tasks="aime24,math500")) == 2
+    assert evaluate.main(words(data, tmp_path / "results", tasks="aime24,math500")) == 2
     assert "math500.jsonl: missing; put the benchmark math500 there" in capsys.readouterr().err
-    assert benchmark.main(words(tmp_path / "empty", tmp_path / "results", tasks="")) == 2
+    assert evaluate.main(words(tmp_path / "empty", tmp_path / "results", tasks="")) == 2
     assert "aime24.jsonl: missing" in capsys.readouterr().err
-    assert benchmark.main(words(data, tmp_path / "results", tasks="chess")) == 2
+    assert evaluate.main(words(data, tmp_path / "results", tasks="chess")) == 2
     assert "--tasks chess: expected some of gpqa,aime24" in capsys.readouterr().err
 
 
@@ -325,7 +325,7 @@ def test_a_member_of_the_family_stands_beside_its_own_numbers_in_the_report():
 
 
 def test_a_prompt_that_leaves_no_room_names_itself_and_the_knob(data, engine, capsys, tmp_path):
-    assert benchmark.main([*words(data, tmp_path / "results", tasks="ifeval,aime24"), "--engine.max-len", "300"]) == 2
+    assert evaluate.main([*words(data, tmp_path / "results", tasks="ifeval,aime24"), "--engine.max-len", "300"]) == 2
     error = capsys.readouterr().err
     assert "aime24/0/on has 1" in error and "raise --engine.max-len" in error
     assert engine.asked == [], "before anything is sampled"
@@ -337,11 +337,11 @@ def test_a_real_model_is_measured_and_half_a_measurement_goes_on_to_the_same_byt
     (data / "ifeval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out, command = tmp_path / "results", ["--config", "tiny_grpo", "--tasks", "ifeval", "--samples", "2"]
     command += ["--data", str(data), "--out", str(out), "--run-dir", str(tmp_path / "run")]
-    assert benchmark.main(command) == 0
+    assert evaluate.main(command) == 0
     whole = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     assert set(whole) == {"ifeval_on.jsonl", "ifeval_off.jsonl", "summary.json", "table.md"}
     (out / "summary.json").unlink()
     (out / "ifeval_off.jsonl").unlink()
     (out / "ifeval_on.jsonl").write_bytes(whole["ifeval_on.jsonl"].splitlines(keepends=True)[0] + b'{"id": "ai')
-    assert benchmark.main(command) == 0
+    assert evaluate.main(command) == 0
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == whole
