@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -146,7 +145,7 @@ def calibrate(console: Console, *, note: Callable[[str], None]) -> dict[str, Any
     names = ", ".join(c.name for c in known)
     console.print(f"calibrated on {names}: {gemm / 1e9:.0f} GFLOP/s, {memory / 1e9:.1f} GB/s", highlight=False)
     # narrow enough for 80 columns, whose last one is what was asked
-    table = Table("run", "size", "MB planned", "ran", "off by", "ms modelled", "ran", "off by", box=box.SIMPLE_HEAD)
+    table = Table("run", "size", "MB planned", "ran", "off by", "ms modelled", "ran", "off by", box=None)
     runs, within = [], True
     for c, (size, moved), x, t in zip(asked, predicted, learners[len(known) :], took[len(known) :], strict=True):
         assert c.model.spec
