@@ -25,6 +25,7 @@ def config() -> RunConfig:
             sampling=sampling,
             advantage=AdvantageConfig(baseline="leave_one_out", normalize_std=False),
             steps=24,
+            optimizer=dataclasses.replace(base.grpo.optimizer, learning_rate=2e-5),
             pack=PackConfig(row_tokens=1024, microbatch_rows=2),  # a prompt and its eight completions
         ),
         eval=dataclasses.replace(
