@@ -129,16 +129,16 @@ def _dot(a: Array, b: Array, i: int, j: int) -> Array:
 def _each(f: Callable[..., Any], q_like: tuple, k_like: tuple, by_row: tuple, bounds: tuple, *, serial: bool) -> Any:
     """f(*arrays of one row and kv head) for all: q_like [B, T, K, G, ...], k_like [B, S, K, ...], by_row [B, ...]; results
     [B, K, ...]. In parallel all rows share the widest `bounds`."""
-    q_like, k_like = (tuple(jnp.moveaxis(x, 2, 1) for x in xs) for xs in (q_like, k_like))
     if serial:
-        b, kv = k_like[0].shape[:2]
+        b, _, kv = k_like[0].shape[:3]
 
         def one(at: Array) -> Any:
             row, head = at // kv, at % kv
-            return f(*(x[row, head] for x in (*q_like, *k_like)), *(x[row] for x in (*by_row, *bounds)))
+            return f(*(x[row, :, head] for x in (*q_like, *k_like)), *(x[row] for x in (*by_row, *bounds)))
 
         found = jax.lax.map(one, jnp.arange(b * kv))
         return jax.tree.map(lambda x: x.reshape(b, kv, *x.shape[1:]), found)
+    q_like, k_like = (tuple(jnp.moveaxis(x, 2, 1) for x in xs) for xs in (q_like, k_like))
     shared = bounds[0].min(0), bounds[1].max(0)
 
     def row(*xs: Any) -> Any:

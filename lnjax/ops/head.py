@@ -28,6 +28,8 @@ WIDTH = ("fsdp", "context")
 assert (RULES["vocab"], RULES["embed"]) == (VOCAB, WIDTH)
 CHUNK = {"cpu": 512, "gpu": 8192}
 """Most tokens of a chunk."""
+NO_LOGIT, UNSEEN = -1e30, -(2**31)
+"""What takes no part in a sum over the vocabulary; the number of no token."""
 
 
 class HeadOutput(NamedTuple):
@@ -92,20 +94,25 @@ def _in_order(x: Array, order: Array, chunk: int) -> Array:
 
 
 def _block_rows(num_tokens: int, num_rows: int, *, mesh: Mesh) -> int:
-    """Vocabulary rows of one block."""
-    rows = LOGITS_BLOCK_BYTES[platform(mesh)] // (4 * num_tokens) // 128 * 128
-    return min(num_rows, max(128, rows))
+    """Vocabulary rows of one block: equal blocks where the vocabulary divides into as many as it takes."""
+    most = max(128, LOGITS_BLOCK_BYTES[platform(mesh)] // (4 * num_tokens) // 128 * 128)
+    blocks = -(-num_rows // most)
+    return num_rows // blocks if num_rows % blocks == 0 else most
 
 
-def _logits(x: Array, w: Array, index: Array, *, block: int, temperature: float) -> tuple[Array, Array, Array]:
-    """One block: (start row, logits float32 [n, block] with rows seen by an earlier block at -inf, rows of w)."""
+def _logits(x: Array, w: Array, index: Array, *, block: int, temperature: float) -> tuple[Array, Array, Array, Array]:
+    """One block: (start row, number of each row [block], logits float32 [n, block], rows of w). A row seen by an earlier block
+    has the number UNSEEN and the logit NO_LOGIT."""
     num_rows = w.shape[0]
     nominal = index * block
     start = jnp.minimum(nominal, num_rows - block)  # the last block overlaps the one before it
     rows = jax.lax.dynamic_slice_in_dim(w, start, block)
     logits = jnp.einsum("nd,vd->nv", x, rows, preferred_element_type=jnp.float32) / temperature
-    fresh = start + jnp.arange(block) >= nominal
-    return start, jnp.where(fresh[None, :], logits, -jnp.inf), rows
+    numbers = start + jnp.arange(block)
+    if num_rows % block:
+        fresh = numbers >= nominal
+        numbers, logits = jnp.where(fresh, numbers, UNSEEN), jnp.where(fresh[None, :], logits, NO_LOGIT)
+    return start, numbers, logits, rows
 
 
 def _forward(x_BTD, w_VD, targets_BT, wanted_BT, *, mesh: Mesh, temperature: float):
@@ -122,18 +129,18 @@ def _forward(x_BTD, w_VD, targets_BT, wanted_BT, *, mesh: Mesh, temperature: flo
 
             def body(index, carry):
                 top, total, weighted, picked = carry
-                start, logits, _ = _logits(x_c, w, index, block=block, temperature=temperature)
+                _, numbers, logits, _ = _logits(x_c, w, index, block=block, temperature=temperature)
                 new_top = jnp.maximum(top, logits.max(-1))
                 scale = jnp.exp(top - new_top)
                 p = jnp.exp(logits - new_top[:, None])
                 total = total * scale + p.sum(-1)
-                weighted = weighted * scale + jnp.where(p > 0, p * logits, 0.0).sum(-1)
-                hit = (start + jnp.arange(block))[None, :] == targets_c[:, None]
-                picked = jnp.where((hit & (logits > -jnp.inf)).any(-1), jnp.where(hit, logits, 0.0).sum(-1), picked)
+                weighted = weighted * scale + (p * logits).sum(-1)
+                hit = numbers[None, :] == targets_c[:, None]
+                picked = picked + jnp.where(hit, logits, 0.0).sum(-1)
                 return new_top, total, weighted, picked
 
             zeros = jnp.zeros((chunk,), jnp.float32)
-            init = (jnp.full((chunk,), -1e30, jnp.float32), zeros, zeros, zeros)
+            init = (jnp.full((chunk,), NO_LOGIT, jnp.float32), zeros, zeros, zeros)
             top, total, weighted, picked = jax.lax.fori_loop(0, -(-w.shape[0] // block), body, init)
             if shards > 1:
                 all_top = jax.lax.pmax(top, VOCAB)
@@ -182,8 +189,8 @@ def _backward(x_BTD, w_VD, targets_BT, wanted_BT, lse_BT, g_BT, *, mesh: Mesh, t
 
             def body(index, carry):
                 dx, dw = carry
-                start, logits, rows = _logits(x_c, w, index, block=block, temperature=temperature)
-                hit = ((start + jnp.arange(block))[None, :] == targets_c[:, None]) & (logits > -jnp.inf)
+                start, numbers, logits, rows = _logits(x_c, w, index, block=block, temperature=temperature)
+                hit = numbers[None, :] == targets_c[:, None]
                 dlogits = (hit - jnp.exp(logits - lse_c[:, None])) * g_c[:, None]
                 dlogits = dlogits.astype(x.dtype)
                 dx = dx + jnp.einsum("nv,vd->nd", dlogits, rows, preferred_element_type=jnp.float32)

@@ -314,11 +314,12 @@ class EmbeddedEngine:
         chunk, size, drafts = self._c.decode_chunk, self._c.num_slots, self._c.speculate
         modules, head = self._model.layers(weights), self._model.head_weight(weights)
         stops = jnp.asarray(sampling.stop_token_ids or (-1,), jnp.int32)
-        rows, ahead = jnp.arange(size)[:, None], jnp.arange(drafts + 1)[None]
-        before = slots.num_new_S
+        ahead, before = jnp.arange(drafts + 1)[None], slots.num_new_S
+        # A slot's own update under vmap: with the slot as an index its devices would gather each other's.
+        put = jax.vmap(lambda x_T, at_J, new_J: x_T.at[at_J].set(new_J, mode="drop"))
 
         def body(carry):
-            slots, tokens, logprobs, steps = carry
+            slots, tokens, logprobs, steps_S = carry
             logits = jnp.einsum("sjd,vd->sjv", slots.hidden_SJD, head, preferred_element_type=jnp.float32)
             keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(slots.keys_S, slots.num_new_S[:, None] + ahead)
             drawn = sample(logits.reshape(size * (drafts + 1), -1), keys.reshape(-1), sampling=sampling)
@@ -327,43 +328,44 @@ class EmbeddedEngine:
             kept, ended = cut(token, accept(token, slots.draft_SK) + 1, stops=stops, left_S=left)
             kept *= slots.active_S
             at = (slots.num_new_S - before)[:, None] + ahead  # what is not kept lies behind the count
-            tokens = tokens.at[rows, at].set(token, mode="drop")
-            logprobs = logprobs.at[rows, at].set(logprob, mode="drop")
+            tokens, logprobs = put(tokens, at, token), put(logprobs, at, logprob)
             newest, history, draft = token[:, :1], slots.history_ST, slots.draft_SK
             length = slots.length_S + kept
             if drafts:
                 newest = jnp.take_along_axis(token, jnp.maximum(kept - 1, 0)[:, None], axis=1)
-                history = history.at[rows, slots.length_S[:, None] + ahead].set(token, mode="drop")
+                history = put(history, slots.length_S[:, None] + ahead, token)
                 draft = propose(history, length, count=drafts, ngram=self._c.ngram)
             position = jnp.maximum(length - 1, 0)[:, None] + ahead
             run = jnp.concatenate([newest, draft], axis=1)
             cache, hidden = self._step(weights, modules, slots.cache, run, position)
             num_new, active = slots.num_new_S + kept, slots.active_S & ~ended
             after = Slots(cache, history, draft, hidden, slots.keys_S, length, num_new, active)
-            return after, tokens, logprobs, steps + slots.active_S.sum()
+            return after, tokens, logprobs, steps_S + slots.active_S
 
         def unfinished(carry):
-            return ((carry[0].num_new_S - before).max() < chunk) & carry[0].active_S.any()
+            """Some slot is active and none is done with its chunk; one sum over devices a step."""
+            now = carry[0]
+            return jnp.where(now.num_new_S - before >= chunk, 2, now.active_S.astype(jnp.int32)).max() == 1
 
         shape = (size, chunk + drafts)
-        init = (slots, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.int32(0))
-        slots, tokens, logprobs, steps = jax.lax.while_loop(unfinished, body, init)
+        init = (slots, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.zeros_like(before))
+        slots, tokens, logprobs, steps_S = jax.lax.while_loop(unfinished, body, init)
         whole = functools.partial(
             jax.lax.with_sharding_constraint, shardings=NamedSharding(self._mesh, PartitionSpec())
         )
-        return slots, *map(whole, (tokens, logprobs, slots.num_new_S - before, slots.active_S, steps))
+        return slots, *map(whole, (tokens, logprobs, slots.num_new_S - before, slots.active_S, steps_S.sum()))
 
     def _step(self, weights: Params, modules: list[Any], cache: Layers, token_SJ: Array, position_SJ: Array):
         """Run J tokens a slot through the decoder; (cache, hidden [S, J, D]). What lies beyond the cache is not kept: drafts
         of a slot whose budget ends before them."""
         model, compute = self._model, self._model.compute
         rope, old, new = rope_tables(model.spec, position_SJ), iter(cache), []
-        rows = jnp.arange(self._c.num_slots)[:, None]
+        put = jax.vmap(lambda x_KTH, at_J, new_JKH: x_KTH.at[:, at_J].set(new_JKH.swapaxes(0, 1), mode="drop"))
 
         def attend(q, k, v):
             keys, values = next(old)
-            keys = constrain(keys.at[rows, :, position_SJ].set(k, mode="drop"), self._mesh, *CACHE_LOGICAL)
-            values = constrain(values.at[rows, :, position_SJ].set(v, mode="drop"), self._mesh, *CACHE_LOGICAL)
+            keys = constrain(put(keys, position_SJ, k), self._mesh, *CACHE_LOGICAL)
+            values = constrain(put(values, position_SJ, v), self._mesh, *CACHE_LOGICAL)
             new.append((keys, values))
             return attend_cached(q, keys, values, position_SJ + 1)
 
