@@ -172,6 +172,7 @@ def test_workers_of_the_reward_pool_never_import_jax():
         "format",
         "ifeval",
         "judge",
+        "post",
         "rule_judge",
         "tool_call",
         "code",
