@@ -25,11 +25,12 @@ from lnjax.models.reward import RewardModel
 from lnjax.ops.cudnn import MAX_DOCUMENTS
 from lnjax.ops.select import check_ops, select_ops
 from lnjax.record import RolloutRecord
+from lnjax.rewards.served import ServedScorer
 from lnjax.rollout.embedded import EmbeddedEngine
 from lnjax.rollout.first import FirstEngine
 from lnjax.rollout.vllm import VllmEngine
 from lnjax.schema import BlockSpec, EmbeddedConfig, ModelConfig, ModelSpec, PackConfig, RunConfig, SamplingConfig
-from lnjax.score import ModelScores
+from lnjax.score import LocalScorer, ModelScores
 from lnjax.stages import stages_of
 from lnjax.types import RolloutEngine, SamplingParams
 
@@ -115,7 +116,8 @@ def _differ(wanted: Sequence[BlockSpec], got: Sequence[BlockSpec]) -> str:
 def build(c: RunConfig, run_dir: Path) -> Built:
     """Mesh, kernels, architecture, tokenizer. Reads no weights."""
     mesh = make_mesh(c.mesh)
-    beside = "the embedded engine" if isinstance(c.engine, EmbeddedConfig) else "reward.model" if c.reward.model else ""
+    local = "reward.model" if c.reward.model and not c.reward.model.served else ""
+    beside = "the embedded engine" if isinstance(c.engine, EmbeddedConfig) else local
     if c.grpo and c.grpo.max_staleness and beside and jax.process_count() > 1:
         raise ConfigError(
             f"grpo.max_staleness={c.grpo.max_staleness}: {beside} cannot run beside updates in a run of "
@@ -181,21 +183,32 @@ def frozen_params(b: Built) -> Any:
 
 
 def build_scores(b: Built, inner: Any) -> Any:
-    """`inner`, and the config's reward model where it has one. Raises ConfigError for a folder without, or other tokens."""
+    """`inner`, and the config's reward model where it has one. Raises ConfigError for a folder without, or other tokens;
+    RolloutError for a server that gives no scores. Collective."""
     c = b.config.reward.model
     if c is None:
         return inner
-    num_scores, spec = read_num_scores(c.source), read_spec(c.source)
-    if load_tokenizer(c.source).backend.get_vocab() != b.tokenizer.backend.get_vocab():
-        raise ConfigError(
-            f"reward.model.source={c.source}: its tokenizer is not the policy's; train one over these tokens"
-        )
+    served = ServedScorer(c, step_deadline_s=b.config.cluster.step_deadline_s) if c.served else None
+    num_scores = served.check() if served else read_num_scores(c.source)
+    if not num_scores:
+        raise ConfigError(f"{c.source}: no reward model; give the folder of a run whose last stage is reward_model")
     if c.weights and len(c.weights) != num_scores:
         raise ConfigError(f"reward.model.weights has {len(c.weights)} numbers, the model {num_scores} scores")
+    scorer = served or _local_scorer(b, c.source, num_scores=num_scores, pack=c.pack)
+    return ModelScores(inner, scorer, weights=c.weights or (1.0, *(0.0,) * (num_scores - 1)))
+
+
+def _local_scorer(b: Built, source: str, *, num_scores: int, pack: PackConfig | None) -> LocalScorer:
+    if pack is None:
+        raise ConfigError(f"reward.model.source={source} runs in this process and needs reward.model.pack; add one")
+    spec = read_spec(source)
+    if load_tokenizer(source).backend.get_vocab() != b.tokenizer.backend.get_vocab():
+        raise ConfigError(
+            f"reward.model.source={source}: its tokenizer is not the policy's; train one over these tokens"
+        )
     model = RewardModel(dataclasses.replace(b.model, spec=spec), num_scores)
-    where = jax.tree.map(lambda x: x.sharding, model.abstract_params(dtype=b.param_dtype))
-    params = load_weights(c.source, spec=spec, dtype=b.model.compute.dtype, shardings=where)
-    return ModelScores(inner, model=model, params=params, c=c)
+    params = load_weights(source, spec=spec, dtype=b.model.compute.dtype, shardings=model.shardings())
+    return LocalScorer(model, params, pack=pack)
 
 
 def build_engine(b: Built, *, note: Callable[[str], None]) -> tuple[RolloutEngine, Publisher | None]:

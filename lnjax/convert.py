@@ -2,7 +2,8 @@
 
   hf     a folder in Hugging Face format -> lnjax weights (Orbax, sharded reads on any mesh)
   gguf   a .gguf file, or package:NAME/FILE.gguf -> a folder in Hugging Face format
-  orbax  lnjax weights or a run's folder -> a folder in Hugging Face format
+  orbax  lnjax weights or a run's folder -> a folder in Hugging Face format; a reward model over a plain Llama as
+         LlamaForSequenceClassification, for `vllm serve OUT --runner pooling`
 
 python -m lnjax.convert merge A B OUT --weight W      (1 - W) x A + W x B; folders in Hugging Face format
 
@@ -17,7 +18,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from lnjax.checkpoint.hf import save_hf
-from lnjax.checkpoint.load import load_weights, read_spec
+from lnjax.checkpoint.load import load_weights, read_num_scores, read_spec
 from lnjax.checkpoint.merge import merge
 from lnjax.checkpoint.store import Checkpoints, find_checkpoints
 from lnjax.data.tokenizer import load_tokenizer
@@ -25,6 +26,7 @@ from lnjax.errors import CheckpointError, ConfigError, LnjaxError
 from lnjax.mesh import make_mesh
 from lnjax.models.decoder import Compute, Model
 from lnjax.models.hf import hf_config
+from lnjax.models.reward import RewardModel
 from lnjax.ops.select import select_ops
 from lnjax.schema import MeshConfig, OpsConfig
 from lnjax.sources import resolve_source
@@ -44,10 +46,12 @@ def convert(kind: str, source: str, target: Path, *, dtype: str) -> None:
     spec = read_spec(source)
     mesh = make_mesh(MeshConfig())
     model = Model(spec, Compute(select_ops(OpsConfig(), mesh=mesh), jnp.dtype(dtype)))
+    num_scores = read_num_scores(source)
     tokenizer = load_tokenizer(source)
-    params = load_weights(source, spec=spec, dtype=jnp.dtype(dtype), shardings=model.shardings())
+    shardings = (RewardModel(model, num_scores) if num_scores else model).shardings()
+    params = load_weights(source, spec=spec, dtype=jnp.dtype(dtype), shardings=shardings)
     if kind != "hf":
-        save_hf(params, spec=spec, folder=target, dtype=jnp.dtype(dtype), finish=tokenizer.save)
+        save_hf(params, spec=spec, folder=target, dtype=jnp.dtype(dtype), finish=tokenizer.save, num_scores=num_scores)
         return
     temporary = target.with_name(target.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -14,22 +14,37 @@ from lnjax.data.tokenizer import Tokenizer
 from lnjax.mesh import fetch, put_rows
 from lnjax.models.reward import RewardModel
 from lnjax.rewards.protocol import ScoreRequest
+from lnjax.rewards.served import ServedScorer
 from lnjax.rewards.verifiers import REWARD_MODEL
-from lnjax.schema import ScorerConfig
+from lnjax.schema import PackConfig
 from lnjax.types import Comparison, Completion, Prompt, Rollout, RolloutGroup, Sample, Score
 
 
+class LocalScorer:
+    """A reward model in this process, beside `ServedScorer`. Collective."""
+
+    def __init__(self, model: RewardModel, params: Any, *, pack: PackConfig):
+        self._params, self._pack, self._none = params, pack, (0.0,) * model.num_scores
+        self._mesh, self._scores = model.decoder.compute.ops.mesh, jax.jit(model.scores)
+
+    def scores(self, sequences: Sequence[tuple[int, ...]]) -> np.ndarray:
+        """[N, A] float32 at the last token of each of N > 0 sequences of ids."""
+        alone = [Comparison((Sample(ids, (0,) * len(ids)),), (self._none,)) for ids in sequences]
+        batches, where = pack_comparisons(alone, c=self._pack)
+        parts = [fetch(self._scores(self._params, x.packed, x.last_BPK)) for x in put_rows(self._mesh, batches)]
+        scores_BPA = np.concatenate(parts)[:, :, 0]
+        return np.stack([scores_BPA[at] for at in where])
+
+
 class ModelScores:
-    """Scores what asks for the verifier `reward_model` by one in this process; `inner` scores the rest. Collective.
+    """Scores what asks for the verifier `reward_model` by one; `inner` scores the rest. Collective.
 
     The reward is sigmoid(score), the Bradley-Terry odds against an answer of score 0, so that an unfinished completion or a
     wrong format, which get 0, stay the worst there is. The part `score` is the score itself.
     """
 
-    def __init__(self, inner: Any, *, model: RewardModel, params: Any, c: ScorerConfig):
-        self._inner, self._params, self._c = inner, params, c
-        self._mesh, self._scores = model.decoder.compute.ops.mesh, jax.jit(model.scores)
-        self._weights = np.asarray(c.weights or (1.0, *(0.0,) * (model.num_scores - 1)))
+    def __init__(self, inner: Any, scorer: LocalScorer | ServedScorer, *, weights: Sequence[float]):
+        self._inner, self._scorer, self._weights = inner, scorer, np.asarray(weights)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         mine = [i for i, x in enumerate(requests) if x.verifier == REWARD_MODEL and x.finished]
@@ -41,14 +56,7 @@ class ModelScores:
 
     def raw(self, sequences: Sequence[tuple[int, ...]]) -> list[float]:
         """The weighted score of each sequence, at its last token."""
-        if not sequences:
-            return []
-        none = (0.0,) * len(self._weights)
-        alone = [Comparison((Sample(ids, (0,) * len(ids)),), (none,)) for ids in sequences]
-        batches, where = pack_comparisons(alone, c=self._c.pack)
-        parts = [fetch(self._scores(self._params, x.packed, x.last_BPK)) for x in put_rows(self._mesh, batches)]
-        scores_BPA = np.concatenate(parts)[:, :, 0]
-        return [float(scores_BPA[at] @ self._weights) for at in where]
+        return [float(x @ self._weights) for x in self._scorer.scores(sequences)] if sequences else []
 
 
 def score_groups(

@@ -134,10 +134,23 @@ class RewardModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScorerConfig:
-    """A trained reward model in the learner's process. It must have the policy's tokenizer."""
+    """A trained reward model, in the learner's process or behind a server. It must have the policy's tokenizer."""
 
     source: str
-    """Folder of the run that trained it."""
+    """Folder of the run that trained it; or `http://host:port` of a vLLM server of it (`python -m lnjax.convert orbax`, then
+    `vllm serve FOLDER --runner pooling`), its key (if any) in $LNJAX_REWARD_KEY. The tokenizer of a server is not checked."""
     weights: tuple[float, ...] = ()
     """Of its scores in their sum; empty: the first alone."""
-    pack: PackConfig
+    pack: PackConfig | None = None
+    """Rows of a forward pass in this process; a server needs none."""
+    served_name: str = ""
+    """Under which a server knows the model; empty: its only one."""
+    deadline_s: float = 600.0
+    """Seconds for a server's scores of one step, all tries included; past it the run ends. Stay below
+    cluster.step_deadline_s."""
+    concurrency: int = 16
+    """Requests to a server under way at once, of up to 16 sequences each."""
+
+    @property
+    def served(self) -> bool:
+        return self.source.startswith(("http://", "https://"))

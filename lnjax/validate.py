@@ -22,6 +22,8 @@ def validate(c: RunConfig) -> None:
                 f"reward.judge.address={address!r}, retries={c.reward.judge.retries}; expected "
                 "http://host:port or `rule`, and no negative number"
             )
+    if c.reward.model:
+        _positive(c, {"reward.model.deadline_s", "reward.model.concurrency"})
     _positive(c, {"cluster.start_deadline_s", "cluster.heartbeat_s", "cluster.step_deadline_s"})
     if isinstance(c.engine, VllmConfig):
         _validate_vllm(c, c.engine)

@@ -4,24 +4,53 @@ import dataclasses
 import os
 import subprocess
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lnjax.checkpoint.publish import Publisher
 from lnjax.models.hf import hf_config
+from lnjax.rollout.server import ENTRY, find_python, free_port, serve_environment
 from lnjax.rollout.vllm import VllmEngine
 from lnjax.schema import VllmConfig
 from lnjax.types import Prompt, SamplingParams
 from tests.specs import llama, nemotron
 
 ROOT = Path(__file__).parent.parent
+START_S = 300.0
 
 
 def build_environment() -> None:
     subprocess.run(["bash", "launch/rollout_env.sh"], cwd=ROOT, check=True)
+
+
+@contextmanager
+def serving(model: Path, *words: str):
+    """Address of a plain vLLM server of a folder in Hugging Face format, which it knows as `judge`."""
+    c, port = VllmConfig(num_servers=1), free_port("127.0.0.1")
+    command = [str(find_python(c)), "-m", ENTRY, "--model", str(model), "--served-model-name", "judge"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", *words]
+    environment = serve_environment(c, index=0, root=model, key="unused") | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    address, end, log = f"http://127.0.0.1:{port}", time.monotonic() + START_S, model.with_suffix(".log")
+    with log.open("w") as file:
+        server = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+        try:
+            while True:
+                assert server.poll() is None, log.read_text()[-2000:]
+                assert time.monotonic() < end, "the server did not start"
+                try:
+                    if httpx.get(f"{address}/health", trust_env=False).status_code == 200:
+                        break
+                except httpx.TransportError:
+                    time.sleep(1.0)
+            yield address
+        finally:
+            server.terminate()
+            server.wait(60)
 
 
 def served_llama(**changes):

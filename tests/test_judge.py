@@ -25,7 +25,7 @@ def reply(text):
 class Stub:
     """A server whose `answer` (body -> (status, bytes)) a test sets; it remembers what it was asked."""
 
-    def __init__(self):
+    def __init__(self, port=0):
         self.asked, self.at_once, self._busy = [], 0, 0
         self.answer = lambda body: reply("YES")
         lock = threading.Lock()
@@ -53,7 +53,7 @@ class Stub:
             def log_message(self, format, *args):
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.server.daemon_threads = True
         self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
@@ -159,7 +159,7 @@ def test_a_judge_that_recovers_within_the_tries_gives_its_verdict(stub, monkeypa
 def test_a_request_that_is_refused_is_not_sent_again(stub):
     stub.answer = lambda body: (404, b"no such model")
     (verdict,) = client(stub.address).ask(questions(1))
-    assert verdict.failure == "judge: refused with status 404"
+    assert verdict.failure == "judge: refused with status 404: no such model"
     assert len(stub.asked) == 1
 
 

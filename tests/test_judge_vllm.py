@@ -1,23 +1,18 @@
 """The judge's protocol against a real model behind a real OpenAI-compatible server."""
 
-import subprocess
-import time
-
-import httpx
 import pytest
 
 from lnjax.convert import main as convert
 from lnjax.errors import RolloutError
 from lnjax.rewards.judge import JudgeClient, Question
 from lnjax.rewards.pool import build_reward
-from lnjax.rollout.server import ENTRY, find_python, free_port, serve_environment
-from lnjax.schema import JudgeConfig, RewardConfig, VllmConfig
+from lnjax.schema import JudgeConfig, RewardConfig
 from tests import fleet
 from tests.test_judge import HOSTILE
 from tests.test_vllm import SMOLLM2
 
 pytestmark = pytest.mark.slow
-START_S, DEADLINE_S = 300.0, 240.0
+DEADLINE_S = 240.0
 
 
 @pytest.fixture(scope="module")
@@ -26,27 +21,8 @@ def judge(tmp_path_factory):
     fleet.build_environment()
     folder = tmp_path_factory.mktemp("judge")
     assert convert(["gguf", SMOLLM2, str(folder / "model"), "--dtype", "float32"]) == 0
-    c, port = VllmConfig(num_servers=1), free_port("127.0.0.1")
-    command = [str(find_python(c)), "-m", ENTRY, "--model", str(folder / "model"), "--served-model-name", "judge"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "4096", "--max-num-seqs", "16"]
-    environment = serve_environment(c, index=0, root=folder, key="unused") | {"VLLM_CPU_KVCACHE_SPACE": "1"}
-    address, end = f"http://127.0.0.1:{port}", time.monotonic() + START_S
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            while True:
-                assert server.poll() is None, (folder / "log").read_text()[-2000:]
-                assert time.monotonic() < end, "the server did not start"
-                try:
-                    if httpx.get(f"{address}/health", trust_env=False).status_code == 200:
-                        break
-                except httpx.TransportError:
-                    time.sleep(1.0)
-            yield address
-        finally:
-            server.terminate()
-            server.wait(60)
+    with fleet.serving(folder / "model", "--max-model-len", "4096", "--max-num-seqs", "16") as address:
+        yield address
 
 
 def config(address, **changes):

@@ -3,6 +3,8 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +12,25 @@ import numpy as np
 import pytest
 
 from lnjax import passrate
+from lnjax.build import build_scores
 from lnjax.checkpoint.hf import save_hf
-from lnjax.checkpoint.load import read_num_scores, read_spec
+from lnjax.checkpoint.load import read_spec
 from lnjax.checkpoint.safetensors import SafetensorsFolder
 from lnjax.convert import main as convert
 from lnjax.data.preferences import RATINGS, arithmetic_pairs, build_comparisons, pack_comparisons
 from lnjax.data.tokenizer import load_tokenizer
-from lnjax.errors import DataError, WeightsError
+from lnjax.errors import ConfigError, DataError
 from lnjax.launch import main as launch
 from lnjax.learn.preference import bradley_terry_loss, preference_loss, regression_loss, rpo_distance
 from lnjax.models.reward import RewardModel
-from lnjax.schema import OptimizerConfig, PackConfig, PreferenceConfig, PreferenceDataConfig
+from lnjax.schema import (
+    OptimizerConfig,
+    PackConfig,
+    PreferenceConfig,
+    PreferenceDataConfig,
+    RewardConfig,
+    ScorerConfig,
+)
 from lnjax.types import PackedBatch, PreferenceBatch
 from tests.specs import llama, nemotron
 from tests.test_train import run
@@ -326,8 +336,10 @@ def test_a_reward_model_learns_is_measured_and_scores_the_rollouts_of_another_ru
 
 
 def test_a_folder_without_a_reward_model_is_refused(tmp_path):
-    with pytest.raises(WeightsError, match="no reward model; give the folder of a run"):
-        read_num_scores(str(tmp_path))
+    scorer = ScorerConfig(source=str(tmp_path), pack=PackConfig(row_tokens=8, microbatch_rows=1))
+    built: Any = SimpleNamespace(config=SimpleNamespace(reward=RewardConfig(model=scorer)))
+    with pytest.raises(ConfigError, match="no reward model; give the folder of a run"):
+        build_scores(built, None)
 
 
 @pytest.fixture

@@ -28,28 +28,29 @@ def save_hf(
     folder: Path,
     dtype: Any,
     finish: Callable[[Path], None],
+    num_scores: int = 0,
     replace: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write `folder` whole or not at all. `finish(folder)` adds the tokenizer's files before it becomes visible.
+    """Write `folder` whole or not at all. `finish(folder)` adds the tokenizer's files before it becomes visible. With
+    `num_scores` the parameters are a reward model's.
 
     Collective: every process calls, process 0 writes. Raises CheckpointError when the folder exists (unless `replace`)
-    or the disk is full.
+    or the disk is full, WeightsError for a reward model that has no such format.
     """
     if folder.exists() and not replace:
         raise CheckpointError(f"{folder} exists; choose another folder or remove it")
+    config = hf_config(spec, dtype=str(np.dtype(dtype)), num_scores=num_scores)
+    entries = tensor_map(spec, num_scores=num_scores)
     temporary = folder.with_name(folder.name + ".tmp")
     writer = jax.process_index() == 0
     try:
         if writer:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        _write_weights(
-            params, spec=spec, folder=temporary, dtype=np.dtype(dtype), shard_bytes=shard_bytes, writer=writer
-        )
+        _write_weights(params, entries, folder=temporary, dtype=np.dtype(dtype), shard_bytes=shard_bytes, writer=writer)
         if not writer:
             return
-        config = hf_config(spec, dtype=str(np.dtype(dtype)))
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         finish(temporary)
         if folder.exists():
@@ -66,9 +67,9 @@ def save_hf(
 
 
 def _write_weights(
-    params: Any, *, spec: ModelSpec, folder: Path, dtype: np.dtype, shard_bytes: int, writer: bool
+    params: Any, wanted: list[TensorMap], *, folder: Path, dtype: np.dtype, shard_bytes: int, writer: bool
 ) -> None:
-    entries = [(name, entry, i) for entry in tensor_map(spec) for i, name in enumerate(entry.names)]
+    entries = [(name, entry, i) for entry in wanted for i, name in enumerate(entry.names)]
     shards: list[list[tuple[str, TensorMap, int]]] = [[]]
     filled = 0
     for item in entries:

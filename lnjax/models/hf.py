@@ -35,8 +35,8 @@ class TensorMap:
         return shape[::-1] if self.transposed else shape
 
 
-def tensor_map(spec: ModelSpec) -> list[TensorMap]:
-    """Every parameter once, in the order of the decoder."""
+def tensor_map(spec: ModelSpec, *, num_scores: int = 0) -> list[TensorMap]:
+    """Every parameter once, in the order of the decoder; with `num_scores` those of a reward model over it."""
     shapes = param_shapes(spec)
     found = [TensorMap(("embed",), shapes["embed"], ("model.embed_tokens.weight",), False, False)]
     for i, run in enumerate(runs(spec)):
@@ -45,7 +45,10 @@ def tensor_map(spec: ModelSpec) -> list[TensorMap]:
                 tensors = tuple(f"model.layers.{b.source_layer}.{names[name]}.weight" for b in run.blocks)
                 found.append(TensorMap(("runs", str(i), part, name), shape, tensors, True, name != "norm"))
     found.append(TensorMap(("final_norm",), shapes["final_norm"], ("model.norm.weight",), False, False))
-    if not spec.tied_embeddings:
+    if num_scores:
+        shape = (num_scores, spec.d_model)
+        found.append(TensorMap(("reward_head",), shape, ("score.weight",), False, False))
+    elif not spec.tied_embeddings:
         found.append(TensorMap(("head",), shapes["head"], ("lm_head.weight",), False, False))
     return found
 
@@ -143,8 +146,9 @@ def _rope(config: Mapping[str, Any]) -> RopeSpec:
     )
 
 
-def hf_config(spec: ModelSpec, *, dtype: str) -> dict[str, Any]:
-    """config.json of a spec: `llama` where all blocks are whole and equal, else `nemotron-nas`."""
+def hf_config(spec: ModelSpec, *, dtype: str, num_scores: int = 0) -> dict[str, Any]:
+    """config.json of a spec: `llama` where all blocks are whole and equal, else `nemotron-nas`. With `num_scores` of a reward
+    model over it; raises WeightsError where that is no `llama`."""
     eos = list(spec.eos_token_ids)
     config: dict[str, Any] = {
         "vocab_size": spec.vocab_size,
@@ -169,7 +173,14 @@ def hf_config(spec: ModelSpec, *, dtype: str) -> dict[str, Any]:
     attention, ffn = spec.blocks[0].attention, spec.blocks[0].ffn
     if whole and attention and ffn:
         kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+        if num_scores:
+            kind |= {"architectures": ["LlamaForSequenceClassification"], "num_labels": num_scores}
         return kind | config | {"num_key_value_heads": attention.num_kv_heads, "intermediate_size": ffn.width}
+    if num_scores:
+        raise WeightsError(
+            "a reward model whose blocks differ has no class in Hugging Face format, only one over a plain Llama; give its "
+            "run folder as reward.model.source"
+        )
     blocks = {b.source_layer: b for b in spec.blocks}
     config["block_configs"] = [_block_config(blocks.get(i), spec) for i in range(spec.num_source_layers)]
     return {"architectures": ["DeciLMForCausalLM"], "model_type": "nemotron-nas"} | config

@@ -42,6 +42,10 @@ class RewardModel:
         trunk = self.decoder.abstract_params(dtype=dtype)
         return {k: v for k, v in trunk.items() if k != "head"} | {HEAD: head}
 
+    def shardings(self) -> Params:
+        """Of every parameter."""
+        return jax.tree.map(lambda x: x.sharding, self.abstract_params(dtype=self.decoder.compute.dtype))
+
     def scores(self, params: Params, packed: PackedBatch, last_BPK: Array) -> Array:
         """[B, P, K, A] float32 at the tokens in columns `last_BPK`."""
         trunk = {k: v for k, v in params.items() if k != HEAD}

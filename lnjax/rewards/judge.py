@@ -8,7 +8,6 @@ import asyncio
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ from typing import Any
 
 import httpx
 
-from lnjax.errors import ConfigError, RolloutError
+from lnjax.errors import RolloutError
 from lnjax.rewards.format import answer_of, last_boxed
+from lnjax.rewards.post import FIRST_PAUSE_S, LONGEST_PAUSE_S, REFUSED, check_address, connect, post
 from lnjax.rewards.protocol import ScoreRequest
 from lnjax.rewards.rule_judge import RULE, RuleJudge
 from lnjax.schema import JudgeConfig
@@ -27,12 +27,8 @@ KEY = "LNJAX_JUDGE_KEY"
 MAX_CHARS = 6000
 """Of an answer that are shown to the judge: its end, where conclusions stand."""
 MAX_TOKENS = 32
-MAX_REPLY_BYTES = 1 << 20
 MAX_EXPRESSION = 200
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
-REFUSED = "refused with status"
-"""Begins what the same request would only get again."""
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0
 OUTAGE = 16
 """Questions in a row without a verdict after which the rest of a call is given up at once."""
 AGREES = (
@@ -93,11 +89,7 @@ class JudgeClient:
     def __init__(self, c: JudgeConfig):
         self._c = c
         self._local = RuleJudge() if c.address == RULE else None
-        self._address = self._local.address if self._local else c.address.rstrip("/")
-        try:
-            httpx.URL(self._address)
-        except httpx.InvalidURL as error:
-            raise ConfigError(f"reward.judge.address={c.address}: {error}; expected http://host:port") from error
+        self._address = self._local.address if self._local else check_address(c.address, key="reward.judge.address")
         self._known: dict[bytes, bool] = {}
         """{hash of a question: verdict}."""
         self.counts = {"asked": 0, "remembered": 0, "retried": 0, "failed": 0}
@@ -133,9 +125,7 @@ class JudgeClient:
         """{key: why there is no verdict}; verdicts go to what is known."""
         failures: dict[bytes, str] = {}
         slots, in_a_row = asyncio.Semaphore(self._c.concurrency), 0
-        headers = {"Authorization": f"Bearer {os.environ[KEY]}"} if os.environ.get(KEY) else {}
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=self._c.concurrency)
-        async with httpx.AsyncClient(headers=headers, limits=limits, timeout=None, trust_env=False) as http:
+        async with connect(key=KEY, concurrency=self._c.concurrency) as http:
 
             async def one(key: bytes, question: Question) -> None:
                 nonlocal in_a_row
@@ -164,11 +154,8 @@ class JudgeClient:
                         self.counts["retried"] += 1
                         await asyncio.sleep(pause)
                         pause = min(2 * pause, LONGEST_PAUSE_S)
-                    try:
-                        async with http.stream("POST", f"{self._address}/v1/chat/completions", json=body) as reply:
-                            result = await _read(reply)
-                    except httpx.HTTPError as error:
-                        result = f"{type(error).__name__} {error}".strip()
+                    reply = await post(http, f"{self._address}/v1/chat/completions", body)
+                    result = reply if isinstance(reply, str) else _read(reply)
                     if isinstance(result, bool) or result.startswith(REFUSED):
                         break
         except TimeoutError:
@@ -176,16 +163,8 @@ class JudgeClient:
         return result
 
 
-async def _read(reply: httpx.Response) -> bool | str:
+def _read(data: bytes) -> bool | str:
     """The verdict in a reply, or what is wrong with it."""
-    if reply.status_code != 200:
-        retry = reply.status_code >= 500 or reply.status_code in (408, 429)
-        return f"{'status' if retry else REFUSED} {reply.status_code}"
-    data = b""
-    async for chunk in reply.aiter_bytes():
-        data += chunk
-        if len(data) > MAX_REPLY_BYTES:
-            return f"a reply of more than {MAX_REPLY_BYTES} bytes"
     try:
         text = json.loads(data)["choices"][0]["message"]["content"]
         verdict = read_verdict(text)
