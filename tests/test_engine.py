@@ -110,6 +110,17 @@ def test_eight_devices_sample_the_same_tokens(make_model, wide, rollouts):
     assert [[c.token_ids for c in g] for g in got] == [[c.token_ids for c in g] for g in rollouts]
 
 
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_devices_with_slots_of_their_own_exchange_one_number_a_step(make_model, drafts):
+    model = make_model(llama(), mesh=MeshConfig(data=8, fsdp=1), devices=8)
+    engine, _ = engine_of(model, dataclasses.replace(CONFIG, speculate=drafts))
+    program = engine._decode.lower(engine._weights, engine._empty_slots(64), sampling=SAMPLING).compile().as_text()
+    moved = [x for x in program.splitlines() if "_run_decode)/while/" in x and "{'data'}" in x]  # within the loop
+    assert len(moved) == 1, moved
+    assert " all-reduce(" in moved[0]
+    assert "s32[] " in moved[0]
+
+
 def test_greedy_decoding_follows_the_most_likely_token(make_model):
     model = make_model(llama(initializer_range=0.3))
     engine, params = engine_of(model)
