@@ -225,12 +225,17 @@ def _add(total: Array, part: Array, at: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(total, old + part, at, 0)
 
 
-def attend_cached(q_SJNH: Array, k_SKTH: Array, v_SKTH: Array, num_keys_SJ: Array) -> Array:
-    """J queries a slot, each against the first `num_keys_SJ` entries of the slot's cache; [S, J, N, H] in q's dtype."""
+def attend_cached(q_SJNH: Array, k_SKHT: Array, v_SKTH: Array, num_keys_SJ: Array) -> Array:
+    """J queries a slot, each against the first `num_keys_SJ` entries of the slot's cache; [S, J, N, H] in q's dtype.
+
+    Both products are of matrices by slot and kv head, M = J x G queries by all keys: in any other order XLA:CPU moves the cache
+    first, or takes it number by number.
+    """
     s, j, n, h = q_SJNH.shape
-    kv, t = k_SKTH.shape[1:3]
-    q = q_SJNH.reshape(s, j, kv, n // kv, h)
-    scores = jnp.einsum("sjkgh,skth->skjgt", q, k_SKTH, preferred_element_type=jnp.float32) * h**-0.5
+    kv, t = k_SKHT.shape[1], k_SKHT.shape[3]
+    q_SKMH = q_SJNH.reshape(s, j, kv, n // kv, h).swapaxes(1, 2).reshape(s, kv, -1, h)
+    scores = jnp.einsum("skmh,skht->skmt", q_SKMH, k_SKHT, preferred_element_type=jnp.float32) * h**-0.5
     seen = (jnp.arange(t)[None, None] < num_keys_SJ[..., None])[:, None, :, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
-    return jnp.einsum("skjgt,skth->sjkgh", weights.astype(v_SKTH.dtype), v_SKTH).reshape(s, j, n, h)
+    weights = jax.nn.softmax(jnp.where(seen, scores.reshape(s, kv, j, -1, t), -1e30), axis=-1)
+    out_SKMH = jnp.einsum("skmt,skth->skmh", weights.reshape(s, kv, -1, t).astype(v_SKTH.dtype), v_SKTH)
+    return out_SKMH.reshape(s, kv, j, -1, h).swapaxes(1, 2).reshape(s, j, n, h)

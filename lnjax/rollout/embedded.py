@@ -35,14 +35,15 @@ from lnjax.schema import EmbeddedConfig
 from lnjax.types import Completion, Prompt, SamplingParams, WeightVersion
 
 Layers = list[tuple[Array, Array]]
-"""Keys and values of each layer with attention."""
+"""Keys [S, K, H, T] and values [S, K, T, H] of each layer with attention: as a CPU multiplies them without moving them first."""
+TIME = (3, 2)
+"""Dim T of keys and of values."""
 
 
 class Slots(NamedTuple):
     """Decoding state, on the device."""
 
     cache: Layers
-    """Each [S, K, T, H]."""
     history_ST: Array
     """The slot's own tokens, where drafts are looked up."""
     draft_SK: Array
@@ -100,7 +101,9 @@ class EmbeddedEngine:
         self._prefill = jax.jit(self._run_prefill)
         self._admit = jax.jit(self._run_admit, donate_argnums=(0,))
         self._decode = jax.jit(self._run_decode, static_argnames="sampling", donate_argnums=(1,))
-        self._resize = jax.jit(_resized, static_argnames="width", out_shardings=sharding(self._mesh, *CACHE_LOGICAL))
+        self._resize = jax.jit(
+            _resized, static_argnames=("axis", "width"), out_shardings=sharding(self._mesh, *CACHE_LOGICAL)
+        )
 
     def load_weights(self, number: int, params: Params) -> WeightVersion:
         """Copy `params` (gathered over fsdp, cast) and stamp later tokens with `number`. Waits for a running `generate`."""
@@ -232,9 +235,11 @@ class EmbeddedEngine:
     def _sized(self, slots: Slots, width: int, *, shrink: bool) -> Slots:
         """The slots, their cache of so many positions (or more), one layer after the other. Attention reads a cache whole: a
         part of it would be copied at every step."""
-        for i, layer in enumerate(slots.cache):
-            if layer[0].shape[2] < width or (shrink and layer[0].shape[2] > width):
-                slots.cache[i] = tuple(self._resize(x, width=width) for x in layer)
+        for i, (keys, values) in enumerate(slots.cache):
+            if keys.shape[TIME[0]] < width or (shrink and keys.shape[TIME[0]] > width):
+                slots.cache[i] = tuple(
+                    self._resize(x, axis=t, width=width) for x, t in zip((keys, values), TIME, strict=True)
+                )
         return slots
 
     def _empty_slots(self, width: int) -> Slots:
@@ -242,13 +247,14 @@ class EmbeddedEngine:
         where, cache = sharding(self._mesh, *CACHE_LOGICAL), []
         for block in spec.blocks:
             if block.attention:
-                shape = (size, block.attention.num_kv_heads, width, spec.head_dim)
-                cache.append(tuple(jnp.zeros(shape, dtype, device=where) for _ in range(2)))
+                heads = size, block.attention.num_kv_heads
+                shapes = (*heads, spec.head_dim, width), (*heads, width, spec.head_dim)
+                cache.append(tuple(jnp.zeros(shape, dtype, device=where) for shape in shapes))
         drafts = self._c.speculate
-        shapes = [((size, self._c.max_len), np.int32), ((size, drafts), np.int32)]
-        shapes += [((size, drafts + 1, spec.d_model), dtype), ((size, 2), np.uint32)]
-        shapes += [((size,), np.int32), ((size,), np.int32), ((size,), np.bool_)]
-        history, draft, hidden, keys, *rest = put_rows(self._mesh, [np.zeros(*x) for x in shapes])
+        rows = [((size, self._c.max_len), np.int32), ((size, drafts), np.int32)]
+        rows += [((size, drafts + 1, spec.d_model), dtype), ((size, 2), np.uint32)]
+        rows += [((size,), np.int32), ((size,), np.int32), ((size,), np.bool_)]
+        history, draft, hidden, keys, *rest = put_rows(self._mesh, [np.zeros(*x) for x in rows])
         return Slots(cache, history, draft, hidden, jax.random.wrap_key_data(keys), *rest)
 
     # Programs, on the device.
@@ -265,7 +271,7 @@ class EmbeddedEngine:
         rope, layers = rope_tables(model.spec, positions), []
 
         def attend(q, k, v):
-            layers.append((k.swapaxes(1, 2), v.swapaxes(1, 2)))
+            layers.append((k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)))
             return compute.ops.attention(q, k, v, segments)
 
         x = model.embed(weights, tokens_RT)
@@ -289,16 +295,17 @@ class EmbeddedEngine:
         """Slots whose row is >= 0 start on that prefilled prompt; the others go on."""
         new, row = row_S >= 0, jnp.maximum(row_S, 0)
 
-        def copy(cache, prefix):
-            width = min(prefix.shape[2], cache.shape[2])
-            merged = jnp.where(new[:, None, None, None], prefix[row, :, :width], cache[:, :, :width])
+        def copy(cache, prefix, time):
+            width = min(prefix.shape[time], cache.shape[time])
+            started, old = (jax.lax.slice_in_dim(x, 0, width, axis=time) for x in (prefix, cache))
+            merged = jnp.where(new[:, None, None, None], started[row], old)
             return jax.lax.dynamic_update_slice(cache, merged, (0, 0, 0, 0))
 
         tokens = jnp.where(new[:, None], tokens_RT[row], slots.history_ST[:, : tokens_RT.shape[1]])
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i[0]), i[1]))(identity_S2)
         data = jnp.where(new[:, None], jax.random.key_data(keys), jax.random.key_data(slots.keys_S))
         return Slots(
-            cache=[(copy(k, pk), copy(v, pv)) for (k, v), (pk, pv) in zip(slots.cache, layers, strict=True)],
+            cache=[tuple(map(copy, mine, theirs, TIME)) for mine, theirs in zip(slots.cache, layers, strict=True)],
             history_ST=jax.lax.dynamic_update_slice(slots.history_ST, tokens, (0, 0)),
             draft_SK=jnp.where(new[:, None], -1, slots.draft_SK),
             hidden_SJD=jnp.where(new[:, None, None], hidden_RD[row][:, None], slots.hidden_SJD),
@@ -360,12 +367,15 @@ class EmbeddedEngine:
         of a slot whose budget ends before them."""
         model, compute = self._model, self._model.compute
         rope, old, new = rope_tables(model.spec, position_SJ), iter(cache), []
-        put = jax.vmap(lambda x_KTH, at_J, new_JKH: x_KTH.at[:, at_J].set(new_JKH.swapaxes(0, 1), mode="drop"))
+        put_keys = jax.vmap(
+            lambda x_KHT, at_J, new_JKH: x_KHT.at[..., at_J].set(jnp.moveaxis(new_JKH, 0, 2), mode="drop")
+        )
+        put_values = jax.vmap(lambda x_KTH, at_J, new_JKH: x_KTH.at[:, at_J].set(new_JKH.swapaxes(0, 1), mode="drop"))
 
         def attend(q, k, v):
             keys, values = next(old)
-            keys = constrain(put(keys, position_SJ, k), self._mesh, *CACHE_LOGICAL)
-            values = constrain(put(values, position_SJ, v), self._mesh, *CACHE_LOGICAL)
+            keys = constrain(put_keys(keys, position_SJ, k), self._mesh, *CACHE_LOGICAL)
+            values = constrain(put_values(values, position_SJ, v), self._mesh, *CACHE_LOGICAL)
             new.append((keys, values))
             return attend_cached(q, keys, values, position_SJ + 1)
 
@@ -378,5 +388,7 @@ class EmbeddedEngine:
 CACHE_LOGICAL = ("batch", "heads", None, None)
 
 
-def _resized(x_SKTH: Array, *, width: int) -> Array:
-    return jnp.pad(x_SKTH[:, :, :width], ((0, 0), (0, 0), (0, max(0, width - x_SKTH.shape[2])), (0, 0)))
+def _resized(x: Array, *, axis: int, width: int) -> Array:
+    """Dim `axis` cut, or filled up with zeros, to `width`."""
+    kept = jax.lax.slice_in_dim(x, 0, min(width, x.shape[axis]), axis=axis)
+    return jnp.pad(kept, [(0, width - kept.shape[axis]) if i == axis else (0, 0) for i in range(x.ndim)])
