@@ -7,7 +7,7 @@ import pytest
 
 from lnjax.errors import ConfigError, KernelUnavailable
 from lnjax.mesh import make_mesh
-from lnjax.ops.attention import attention_xla
+from lnjax.ops.attention import _mask, _needed, attention_xla
 from lnjax.ops.cudnn import MAX_DOCUMENTS, attention_cudnn, documents
 from lnjax.ops.head import head_xla
 from lnjax.ops.matmul import count_fp8, matmul_fp8, matmul_xla
@@ -51,6 +51,54 @@ def test_packed_documents_never_see_each_other_and_padding_is_zero(length, seria
     other[0, : length // 3] += 5.0
     again = attend(q, other, v)
     assert np.array_equal(np.asarray(again)[0, length // 3 :], np.asarray(out)[0, length // 3 :])
+
+
+def row_of_groups(sizes):
+    """Segment ids of a row: for each document its trunk and then its branches, by their sizes."""
+    parts = [np.full(n, doc + i * BRANCH) for doc, group in enumerate(sizes, 1) for i, n in enumerate(group)]
+    return np.concatenate(parts).astype(np.int32)
+
+
+def test_tiles_of_other_branches_are_left_out_and_none_that_is_seen():
+    rng, block = np.random.default_rng(0), 16
+    rows = []
+    for _ in range(40):
+        row = row_of_groups(rng.integers(1, 40, size=(3, 5)))[:256]
+        rows.append(np.pad(row, (0, 256 - len(row))))
+    segments, at = jnp.asarray(rows), jnp.arange(256)
+    seen = np.asarray(jax.vmap(lambda s: _mask(s, s, at, at))(segments)).reshape(40, 16, block, 16, block).any((2, 4))
+    needed = np.asarray(_needed(segments, segments, jnp.int32(0), block))
+    assert not (seen & ~needed).any()
+    assert needed.sum() < 1.25 * seen.sum()
+    aligned = jnp.asarray(row_of_groups([[16] * 9, [16] * 7]))[None]
+    rest = _needed(aligned, aligned, jnp.int32(0), block)[0].sum(-1).tolist()
+    assert rest == [1] + [2] * 8 + [1] + [2] * 6  # its own tile and that of its trunk
+
+
+@pytest.mark.parametrize("serial", [False, True])
+def test_branches_see_their_trunk_and_themselves_over_many_tiles(serial):
+    rng, length = np.random.default_rng(1), 2100
+    q = jnp.asarray(rng.normal(size=(2, length, 2, 8)), jnp.float32)
+    rows = [row_of_groups([[300, 400, 500, 100], [50, 90, 600]]), row_of_groups([[1300, 20, 700]])]
+    segments = np.stack([np.pad(row, (0, length - len(row))) for row in rows])
+
+    def attend(q):
+        return attention_xla(q, q, q, segments, segments, jnp.int32(0), serial=serial)
+
+    out = attend(q)
+    weight = jnp.asarray(rng.normal(size=out.shape), jnp.float32)
+    gradient = jax.grad(lambda q: (attend(q) * weight).sum())(q)
+    close(out, _dense(q, segments), 2e-5)
+    close(gradient, jax.grad(lambda q: (_dense(q, segments) * weight).sum())(q), 1e-4)
+
+
+def _dense(q, segments):
+    """Attention of q to itself by the whole mask."""
+    at = jnp.arange(q.shape[1])
+    mask = jax.vmap(lambda s: _mask(s, s, at, at))(jnp.asarray(segments))[:, None]
+    scores = jnp.where(mask, jnp.einsum("btnh,bsnh->bnts", q, q) * q.shape[-1] ** -0.5, -1e30)
+    weights = jnp.where(mask, jax.nn.softmax(scores, axis=-1), 0)
+    return jnp.einsum("bnts,bsnh->btnh", weights, q)
 
 
 def naive_head(x, w, targets, temperature):

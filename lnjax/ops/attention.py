@@ -52,8 +52,8 @@ def attention_xla(
     """Grouped-query attention in plain XLA; [B, T, N, H] in q's dtype. `start`: position of the first query in its row.
 
     Tiles with a running softmax (arXiv 2205.14135): memory is that of one tile, tiles above the diagonal and tiles of other
-    documents are left out, and the backward pass makes each tile's scores again. Softmax in float32. `serial` (for CPUs) takes
-    rows and heads one after the other, so that a row leaves out its own tiles and every product is of two matrices.
+    documents and branches are left out, and the backward pass makes each tile's scores again. Softmax in float32. `serial` (for
+    CPUs) takes rows and heads one after the other, so that a row leaves out its own tiles and every product is of two matrices.
     """
     b, t, n, h = q_BTNH.shape
     block = BLOCK_SERIAL if serial else BLOCK
@@ -76,23 +76,32 @@ def _mask(q_segments: Array, k_segments: Array, q_rows: Array, k_rows: Array) ->
     return seen & (q_segments[:, None] > 0) & (q_rows[:, None] >= k_rows[None, :])
 
 
-def _needed(q_segments: Array, k_segments: Array, start: Array, block: int) -> tuple[Array, Array]:
-    """(first, end) tile of keys for each tile of queries, int32 [B, T / rows]: from the first whose documents a query of the
-    tile may be of, to the diagonal."""
+def _needed(q_segments: Array, k_segments: Array, start: Array, block: int) -> Array:
+    """[B, T / rows, S / columns]: True for a tile of keys not behind the diagonal of which a query of the tile may see one. By
+    the range of documents and branches in each, so some tiles are taken for nothing, and none is left out."""
     rows, columns = (min(block, x.shape[1]) for x in (q_segments, k_segments))
+    q, k = q_segments.reshape(len(q_segments), -1, rows), k_segments.reshape(len(k_segments), -1, columns)
 
-    def span(segments: Array, size: int) -> tuple[Array, Array]:
-        number = segments.reshape(segments.shape[0], -1, size) % BRANCH
-        return jnp.where(number > 0, number, BRANCH).min(-1), number.max(-1)
+    def span(numbers: Array, counted: Array) -> tuple[Array, Array]:
+        return jnp.where(counted, numbers, jnp.iinfo(jnp.int32).max).min(-1), jnp.where(counted, numbers, -1).max(-1)
 
-    (q_low, q_high), (k_low, k_high) = span(q_segments, rows), span(k_segments, columns)
-    common = (q_low[:, :, None] <= k_high[:, None]) & (k_low[:, None] <= q_high[:, :, None])
-    count = k_low.shape[1]
-    last = start + (1 + jnp.arange(q_low.shape[1])) * rows - 1
-    end = jnp.minimum(last // columns + 1, count)[None]
-    return jnp.minimum(jnp.where(common.any(-1), jnp.argmax(common, -1), count), end), jnp.broadcast_to(
-        end, q_low.shape
-    )
+    def meet(a: tuple[Array, Array], b: tuple[Array, Array]) -> Array:
+        (a_low, a_high), (b_low, b_high) = a, b
+        return (a_low[:, :, None] <= b_high[:, None]) & (b_low[:, None] <= a_high[:, :, None])
+
+    def along(segments: Array) -> Array:
+        """As they follow each other in a row: of each document the trunk, then its branches."""
+        return segments % BRANCH * BRANCH + segments // BRANCH
+
+    own = meet(span(along(q), q > 0), span(along(k), k > 0))
+    trunk = meet(span(q % BRANCH, q > 0), span(k, (k > 0) & (k < BRANCH)))
+    last = start + (1 + jnp.arange(q.shape[1])) * rows - 1
+    return (own | trunk) & (jnp.arange(k.shape[1])[None] * columns <= last[:, None])[None]
+
+
+def _in_order(needed: Array) -> tuple[Array, Array]:
+    """(tiles of keys, the needed ones first; how many those are), for each tile of queries."""
+    return jnp.argsort(~needed, axis=-1, stable=True), needed.sum(-1)
 
 
 class _Tiles:
@@ -126,20 +135,21 @@ def _dot(a: Array, b: Array, i: int, j: int) -> Array:
     return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _each(f: Callable[..., Any], q_like: tuple, k_like: tuple, by_row: tuple, bounds: tuple, *, serial: bool) -> Any:
-    """f(*arrays of one row and kv head) for all: q_like [B, T, K, G, ...], k_like [B, S, K, ...], by_row [B, ...]; results
-    [B, K, ...]. In parallel all rows share the widest `bounds`."""
+def _each(f: Callable[..., Any], q_like: tuple, k_like: tuple, by_row: tuple, needed: Array, *, serial: bool) -> Any:
+    """f(*arrays of one row and kv head, *_in_order(its tiles)) for all: q_like [B, T, K, G, ...], k_like [B, S, K, ...], by_row
+    [B, ...]; results [B, K, ...]. In parallel every row takes the tiles that any row needs."""
     if serial:
         b, _, kv = k_like[0].shape[:3]
+        by_row = *by_row, *_in_order(needed)
 
         def one(at: Array) -> Any:
             row, head = at // kv, at % kv
-            return f(*(x[row, :, head] for x in (*q_like, *k_like)), *(x[row] for x in (*by_row, *bounds)))
+            return f(*(x[row, :, head] for x in (*q_like, *k_like)), *(x[row] for x in by_row))
 
         found = jax.lax.map(one, jnp.arange(b * kv))
         return jax.tree.map(lambda x: x.reshape(b, kv, *x.shape[1:]), found)
     q_like, k_like = (tuple(jnp.moveaxis(x, 2, 1) for x in xs) for xs in (q_like, k_like))
-    shared = bounds[0].min(0), bounds[1].max(0)
+    shared = _in_order(needed.any(0))
 
     def row(*xs: Any) -> Any:
         heads, rest = xs[: len(q_like) + len(k_like)], xs[len(q_like) + len(k_like) :]
@@ -154,14 +164,14 @@ def _tiled(q, k, v, q_segments, k_segments, start, block: int, serial: bool) -> 
 
 
 def _tiled_fwd(q, k, v, q_segments, k_segments, start, block, serial):
-    def one(q, k, v, q_segments, k_segments, first, end):
+    def one(q, k, v, q_segments, k_segments, order, count):
         tiles = _Tiles(q, k, q_segments, k_segments, start, block)
 
         def row(i):
             q_i = tiles.queries(q, i)
 
-            def tile(j, carry):
-                out, top, total = carry
+            def tile(n, carry):
+                j, (out, top, total) = order[i, n], carry
                 scores = tiles.scores(q_i, tiles.keys(k, j), i, j)
                 new_top = jnp.maximum(top, scores.max(-1))
                 p, shrink = jnp.exp(scores - new_top[:, None]), jnp.exp(top - new_top)
@@ -170,15 +180,15 @@ def _tiled_fwd(q, k, v, q_segments, k_segments, start, block, serial):
 
             size = q_i.shape[0]
             init = (jnp.zeros(q_i.shape, jnp.float32), jnp.full((size,), LOWEST), jnp.zeros((size,)))
-            out, top, total = jax.lax.fori_loop(first[i], end[i], tile, init)
+            out, top, total = jax.lax.fori_loop(0, count[i], tile, init)
             total = jnp.maximum(total, 1e-30)
             return (out / total[:, None]).astype(q.dtype), top + jnp.log(total)
 
         out, lse = jax.lax.map(row, jnp.arange(tiles.num_rows))
         return out.reshape(q.shape), lse
 
-    bounds = _needed(q_segments, k_segments, start, block)
-    out, lse = _each(one, (q,), (k, v), (q_segments, k_segments), bounds, serial=serial)
+    needed = _needed(q_segments, k_segments, start, block)
+    out, lse = _each(one, (q,), (k, v), (q_segments, k_segments), needed, serial=serial)
     out = jnp.moveaxis(out, 1, 2)
     return out, (q, k, v, q_segments, k_segments, start, out, lse)
 
@@ -188,14 +198,14 @@ def _tiled_bwd(block, serial, residuals, g):
     scale = q.shape[-1] ** -0.5
     inner = (g.astype(jnp.float32) * out).sum(-1)
 
-    def one(q, g, inner, k, v, lse, q_segments, k_segments, first, end):
+    def one(q, g, inner, k, v, lse, q_segments, k_segments, order, count):
         tiles = _Tiles(q, k, q_segments, k_segments, start, block)
 
         def row(carry, i):
             q_i, g_i, inner_i = (tiles.queries(x, i) for x in (q, g, inner))
 
-            def tile(j, carry):
-                dq, dk, dv = carry
+            def tile(n, carry):
+                j, (dq, dk, dv) = order[i, n], carry
                 k_j, v_j = tiles.keys(k, j), tiles.keys(v, j)
                 p = jnp.exp(tiles.scores(q_i, k_j, i, j) - lse[i][:, None])
                 ds = (p * (_dot(g_i, v_j, 1, 1) - inner_i[:, None]) * scale).astype(q.dtype)
@@ -203,16 +213,16 @@ def _tiled_bwd(block, serial, residuals, g):
                 dk, dv = _add(dk, _dot(ds, q_i, 0, 0), at), _add(dv, _dot(p.astype(q.dtype), g_i, 0, 0), at)
                 return dq + _dot(ds, k_j, 1, 0), dk, dv
 
-            dq, dk, dv = jax.lax.fori_loop(first[i], end[i], tile, (jnp.zeros(q_i.shape, jnp.float32), *carry))
+            dq, dk, dv = jax.lax.fori_loop(0, count[i], tile, (jnp.zeros(q_i.shape, jnp.float32), *carry))
             return (dk, dv), dq.astype(q.dtype)
 
         zeros = jnp.zeros(k.shape, jnp.float32)
         (dk, dv), dq = jax.lax.scan(row, (zeros, zeros), jnp.arange(tiles.num_rows))
         return dq.reshape(q.shape), dk.astype(k.dtype), dv.astype(v.dtype)
 
-    bounds = _needed(q_segments, k_segments, start, block)
+    needed = _needed(q_segments, k_segments, start, block)
     arrays = (q, g, inner), (k, v, jnp.moveaxis(lse, 1, 2)), (q_segments, k_segments)
-    found = _each(one, *arrays, bounds, serial=serial)
+    found = _each(one, *arrays, needed, serial=serial)
     return *(jnp.moveaxis(x, 1, 2) for x in found), None, None, None
 
 
