@@ -143,7 +143,7 @@ class Ffn(Kernels):
 
     def __call__(self, x_BTD: Array, c: Compute) -> Array:
         x = self.enter(x_BTD, self.eps, c)
-        gated = swiglu(self.project(x, "gate", c), self.project(x, "up", c))
+        gated = jax.nn.silu(self.project(x, "gate", c)) * self.project(x, "up", c)
         return self.leave(self.project(gated, "down", c), c)
 
 
@@ -184,27 +184,6 @@ class Decoder(nnx.Module):
 @functools.cache
 def _abstract(spec: ModelSpec, lora: LoraConfig | None = None) -> Decoder:
     return nnx.eval_shape(lambda: adapt(Decoder(spec, rngs=nnx.Rngs(params=0)), lora, rngs=nnx.Rngs(params=0)))
-
-
-@jax.custom_vjp
-def swiglu(gate: Array, up: Array) -> Array:
-    """silu(gate) * up (arXiv 2002.05202). Keeps its arguments alone for the backward pass, in float32 what is between."""
-    return _swiglu_fwd(gate, up)[0]
-
-
-def _swiglu_fwd(gate: Array, up: Array):
-    wide = gate.astype(jnp.float32)
-    return (wide * jax.nn.sigmoid(wide) * up.astype(jnp.float32)).astype(gate.dtype), (gate, up)
-
-
-def _swiglu_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    gate, up, wide = (x.astype(jnp.float32) for x in (*residuals, g))
-    sigmoid = jax.nn.sigmoid(gate)
-    slope = sigmoid * (1 + gate * (1 - sigmoid))
-    return (wide * up * slope).astype(g.dtype), (wide * gate * sigmoid).astype(g.dtype)
-
-
-swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
 def rms_norm(x: Array, weight: Array, *, eps: float) -> Array:

@@ -237,8 +237,9 @@ class EmbeddedEngine:
         part of it would be copied at every step."""
         for i, (keys, values) in enumerate(slots.cache):
             if keys.shape[TIME[0]] < width or (shrink and keys.shape[TIME[0]] > width):
-                slots.cache[i] = tuple(
-                    self._resize(x, axis=t, width=width) for x, t in zip((keys, values), TIME, strict=True)
+                slots.cache[i] = (
+                    self._resize(keys, axis=TIME[0], width=width),
+                    self._resize(values, axis=TIME[1], width=width),
                 )
         return slots
 
