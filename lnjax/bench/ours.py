@@ -72,8 +72,8 @@ class Work:
     seed: int = 0
 
     def mesh(self) -> Mesh:
-        """One GPU, as the other arms have, or two devices of a CPU."""
-        devices = jax.devices()[: 2 if jax.default_backend() == "cpu" else 1]
+        """One GPU, as the other arms have, or a CPU as the shape has it."""
+        devices = jax.devices()[: self.shape.cpu_devices if jax.default_backend() == "cpu" else 1]
         return make_mesh(MeshConfig(data=len(devices), fsdp=1), devices=devices)
 
     def model(self) -> Model:

@@ -26,6 +26,8 @@ class Shape:
     remat: Literal["none", "dots", "full"] = "none"
     lora_rank: int = 0
     """Where positive, adapters alone are trained and the weights below them are of `dtype`. The other arms know no adapters."""
+    cpu_devices: int = 2
+    """XLA devices that a CPU is: two share the work between products, one reads the weights once."""
     conversations: int = 64
     """Of one update (sft)."""
     row_tokens: int = 512
@@ -69,7 +71,9 @@ def shape(name: str) -> Shape:
             new_tokens=16,
         ),
         "tiny": lambda: Shape(spec=_llama(8, 256, 4, 2, 704, 4096)),
-        "smollm2": lambda: Shape(spec=_llama(30, 576, 9, 3, 1536, 49152), conversations=16, new_tokens=64),
+        "smollm2": lambda: Shape(
+            spec=_llama(30, 576, 9, 3, 1536, 49152), cpu_devices=1, conversations=16, new_tokens=64
+        ),
         "1b": lambda: Shape(spec=_llama(16, 2048, 32, 8, 8192, 128256), microbatch_rows=1, **gpu),
         "3b": lambda: Shape(spec=_llama(28, 3072, 24, 8, 8192, 128256), microbatch_rows=1, **gpu),
         "8b": lambda: Shape(
