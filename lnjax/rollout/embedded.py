@@ -306,7 +306,10 @@ class EmbeddedEngine:
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i[0]), i[1]))(identity_S2)
         data = jnp.where(new[:, None], jax.random.key_data(keys), jax.random.key_data(slots.keys_S))
         return Slots(
-            cache=[tuple(map(copy, mine, theirs, TIME)) for mine, theirs in zip(slots.cache, layers, strict=True)],
+            cache=[
+                (copy(k, pk, TIME[0]), copy(v, pv, TIME[1]))
+                for (k, v), (pk, pv) in zip(slots.cache, layers, strict=True)
+            ],
             history_ST=jax.lax.dynamic_update_slice(slots.history_ST, tokens, (0, 0)),
             draft_SK=jnp.where(new[:, None], -1, slots.draft_SK),
             hidden_SJD=jnp.where(new[:, None, None], hidden_RD[row][:, None], slots.hidden_SJD),
