@@ -294,7 +294,7 @@ class EmbeddedEngine:
         identity_S2: Array,
     ) -> Slots:
         """Slots whose row is >= 0 start on that prefilled prompt; the others go on."""
-        new, row = row_S >= 0, jnp.maximum(row_S, 0)
+        new, row, pairs = row_S >= 0, jnp.maximum(row_S, 0), zip(slots.cache, layers, strict=True)
 
         def copy(cache, prefix, time):
             width = min(prefix.shape[time], cache.shape[time])
@@ -306,10 +306,7 @@ class EmbeddedEngine:
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i[0]), i[1]))(identity_S2)
         data = jnp.where(new[:, None], jax.random.key_data(keys), jax.random.key_data(slots.keys_S))
         return Slots(
-            cache=[
-                (copy(k, pk, TIME[0]), copy(v, pv, TIME[1]))
-                for (k, v), (pk, pv) in zip(slots.cache, layers, strict=True)
-            ],
+            cache=[(copy(k, pk, TIME[0]), copy(v, pv, TIME[1])) for (k, v), (pk, pv) in pairs],
             history_ST=jax.lax.dynamic_update_slice(slots.history_ST, tokens, (0, 0)),
             draft_SK=jnp.where(new[:, None], -1, slots.draft_SK),
             hidden_SJD=jnp.where(new[:, None, None], hidden_RD[row][:, None], slots.hidden_SJD),
