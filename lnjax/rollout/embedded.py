@@ -351,7 +351,7 @@ class EmbeddedEngine:
             return after, tokens, logprobs, steps_S + slots.active_S
 
         def unfinished(carry):
-            """Some slot is active and none is done with its chunk; one sum over devices a step."""
+            """Some slot is active and none is done with its chunk: one number of each device a step."""
             now = carry[0]
             return jnp.where(now.num_new_S - before >= chunk, 2, now.active_S.astype(jnp.int32)).max() == 1
 
