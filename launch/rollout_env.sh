@@ -13,6 +13,9 @@ else
 fi
 packages+=("tensorstore>=0.1.80" "ml_dtypes>=0.5" "gguf>=0.17,<1" "accelerate>=1" "trl>=1.16,<2" "datasets>=4,<6")
 
+exec {lock}>"$environment.lock"
+flock "$lock"  # one builds, the others wait for it and find it complete
+
 plugin=lnjax/rollout/vllm_plugin
 wanted="${packages[*]} $(sha256sum < "$plugin/pyproject.toml")"
 if [ -f "$environment/complete" ] && [ "$(cat "$environment/complete")" = "$wanted" ]; then
