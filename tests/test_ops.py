@@ -22,16 +22,15 @@ def close(a, b, tol):
 
 
 def naive_attention(q, k, v, segments):
-    group = q.shape[2] // k.shape[2]
-    k, v = np.repeat(k, group, 2), np.repeat(v, group, 2)
-    scores = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1])
-    t = np.arange(q.shape[1])
-    allowed = (t[:, None] >= t[None]) & (segments[:, :, None] == segments[:, None]) & (segments[:, :, None] > 0)
-    scores = np.where(allowed[:, None], scores, -1e30)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights = np.where(allowed[:, None], weights, 0)
-    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-30)
-    return np.einsum("bnts,bsnh->btnh", weights, v)
+    """Of every token to those before it in its branch, or in the trunk of its document."""
+    group, at = q.shape[2] // k.shape[2], np.arange(q.shape[1])
+    k, v = jnp.repeat(k, group, 2), jnp.repeat(v, group, 2)
+    document, branch = segments % BRANCH, segments // BRANCH
+    same = (document[:, :, None] == document[:, None]) & (document[:, :, None] > 0) & (at[:, None] >= at[None])[None]
+    allowed = (same & ((branch[:, :, None] == branch[:, None]) | (branch[:, None] == 0)))[:, None]
+    scores = jnp.where(allowed, jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1]), -1e30)
+    weights = jnp.where(allowed, jax.nn.softmax(scores, axis=-1), 0)
+    return jnp.einsum("bnts,bsnh->btnh", weights, v)
 
 
 @pytest.mark.parametrize("serial", [False, True])
@@ -88,17 +87,8 @@ def test_branches_see_their_trunk_and_themselves_over_many_tiles(serial):
     out = attend(q)
     weight = jnp.asarray(rng.normal(size=out.shape), jnp.float32)
     gradient = jax.grad(lambda q: (attend(q) * weight).sum())(q)
-    close(out, _dense(q, segments), 2e-5)
-    close(gradient, jax.grad(lambda q: (_dense(q, segments) * weight).sum())(q), 1e-4)
-
-
-def _dense(q, segments):
-    """Attention of q to itself by the whole mask."""
-    at = jnp.arange(q.shape[1])
-    mask = jax.vmap(lambda s: _mask(s, s, at, at))(jnp.asarray(segments))[:, None]
-    scores = jnp.where(mask, jnp.einsum("btnh,bsnh->bnts", q, q) * q.shape[-1] ** -0.5, -1e30)
-    weights = jnp.where(mask, jax.nn.softmax(scores, axis=-1), 0)
-    return jnp.einsum("bnts,bsnh->btnh", weights, q)
+    close(out, naive_attention(q, q, q, segments), 2e-5)
+    close(gradient, jax.grad(lambda q: (naive_attention(q, q, q, segments) * weight).sum())(q), 1e-4)
 
 
 def naive_head(x, w, targets, temperature):

@@ -50,13 +50,16 @@ def test_servers_agree_with_the_learner_after_every_swap(make_model, tmp_path, c
         assert (
             ours.prob_error(params, asked, tempered, temperature=0.7) <= 1 + (limit - 1) / 0.7
         )  # differences grow by 1/T
-        if (
-            "dtype" in changes
-        ):  # vLLM's rounding in bfloat16 hangs on what else is in the batch: one sequence alone, twice
-            alone = [ours.engine.generate(asked[:1], num_samples=1, sampling=sampling(), seed=number) for _ in range(2)]
-            assert alone[0] == alone[1]
-        else:
-            assert ours.engine.generate(asked, num_samples=4, sampling=sampling(), seed=number) == groups
+        again = ours.engine.generate(asked, num_samples=4, sampling=sampling(), seed=number)
+        if case != "bfloat16":
+            assert again == groups
+        else:  # what vLLM rounds to hangs on what else is in its batch; a sequence alone is the same every time
+            assert ours.prob_error(params, asked, again) <= limit
+            for prompt in asked:
+                once, twice = (
+                    ours.engine.generate([prompt], num_samples=1, sampling=sampling(), seed=number) for _ in range(2)
+                )
+                assert once == twice
         assert len({c.token_ids for g in groups for c in g}) > 12
         assert ours.faults() == []
         sync = ours.engine.report()["sync"]

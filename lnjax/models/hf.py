@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lnjax.errors import WeightsError
-from lnjax.models.spec import param_shapes, runs
+from lnjax.models.spec import REWARD_HEAD, param_shapes, runs
 from lnjax.schema import AttentionSpec, BlockSpec, FfnSpec, ModelSpec, RopeSpec
 
 ATTENTION = {"norm": "input_layernorm", "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
@@ -47,7 +47,7 @@ def tensor_map(spec: ModelSpec, *, num_scores: int = 0) -> list[TensorMap]:
     found.append(TensorMap(("final_norm",), shapes["final_norm"], ("model.norm.weight",), False, False))
     if num_scores:
         shape = (num_scores, spec.d_model)
-        found.append(TensorMap(("reward_head",), shape, ("score.weight",), False, False))
+        found.append(TensorMap((REWARD_HEAD,), shape, ("score.weight",), False, False))
     elif not spec.tied_embeddings:
         found.append(TensorMap(("head",), shapes["head"], ("lm_head.weight",), False, False))
     return found

@@ -6,6 +6,9 @@ from typing import Any
 
 from lnjax.schema import AttentionSpec, BlockSpec, FfnSpec, ModelSpec
 
+REWARD_HEAD = "reward_head"
+"""A reward model's parameter beside the decoder's, [A, D]."""
+
 
 @dataclass(frozen=True, slots=True)
 class Run:

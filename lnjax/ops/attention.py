@@ -238,8 +238,8 @@ def _add(total: Array, part: Array, at: Array) -> Array:
 def attend_cached(q_SJNH: Array, k_SKHT: Array, v_SKTH: Array, num_keys_SJ: Array) -> Array:
     """J queries a slot, each against the first `num_keys_SJ` entries of the slot's cache; [S, J, N, H] in q's dtype.
 
-    Both products are of matrices by slot and kv head, M = J x G queries by all keys: in any other order XLA:CPU moves the cache
-    first, or takes it number by number.
+    Both products are of matrices by slot and kv head, M = J x G queries by all keys: the order that XLA:CPU is quick in
+    (docs/log.md).
     """
     s, j, n, h = q_SJNH.shape
     kv, t = k_SKHT.shape[1], k_SKHT.shape[3]
