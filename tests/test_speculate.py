@@ -7,7 +7,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from scipy.stats import chi2_contingency, chisquare
 
@@ -15,7 +14,7 @@ from lnjax.errors import ConfigError
 from lnjax.rollout import embedded
 from lnjax.rollout.embedded import EmbeddedEngine
 from lnjax.rollout.speculate import accept, cut, propose
-from lnjax.schema import EmbeddedConfig, MeshConfig
+from lnjax.schema import EmbeddedConfig, MeshConfig, uniform_blocks
 from lnjax.types import Prompt, SamplingParams
 from tests.specs import llama, nemotron
 
@@ -240,33 +239,29 @@ def test_the_check_of_the_distribution_catches_drafts_that_always_stand(tiny, mo
     assert min(p_values(got, pairs, plain)) < 1e-12
 
 
-def loops(count, rng):
-    """48 tokens that go round 16 of them, each row from another place."""
-    return (8 + (rng.integers(0, 16, (count, 1)) + np.arange(48)) % 16).astype(np.int32)
+def goes_round(model):
+    """Weights of a model as large as `model.spec` that goes round the tokens 8 to 23: its blocks compute and add nothing, the
+    head's row of a token is the embedding of the one before."""
+    params = model.init_params(jax.random.key(0), dtype=jnp.float32)
+    for run in params["runs"].values():
+        run["attention"]["o"], run["ffn"]["down"] = (
+            jnp.zeros_like(run[a][b]) for a, b in (("attention", "o"), ("ffn", "down"))
+        )
+    before = jnp.arange(model.spec.vocab_size) - 1
+    return params | {"head": params["embed"][before.at[8].set(23)]}
 
 
 @pytest.mark.slow
 def test_a_model_that_goes_round_in_a_loop_is_faster_with_drafts(make_model, capsys):
-    rng = np.random.default_rng(0)
-    model = make_model(llama(vocab_size=128, d_model=128, initializer_range=0.02))
-    adam = optax.adam(2e-3)
-    params = model.init_params(jax.random.key(0), dtype=jnp.float32)
-
-    @jax.jit
-    def step(params, state, tokens):
-        at = jnp.broadcast_to(jnp.arange(48)[None], tokens.shape)
-        grads = jax.grad(lambda p: -model.logprobs(p, tokens, at, jnp.ones_like(tokens)).logprobs_BT.mean())(params)
-        updates, state = adam.update(grads, state)
-        return optax.apply_updates(params, updates), state
-
-    state = adam.init(params)
-    for _ in range(150):
-        params, state = step(params, state, jnp.asarray(loops(8, rng)))
-    asked = [Prompt("p/0", tuple(loops(1, rng)[0].tolist()), "integer", {})]
+    """Of a size whose weights are read from memory at every step: what a small one takes is the engine's own time."""
+    blocks = uniform_blocks(num_layers=4, num_kv_heads=4, ffn=3072)
+    model = make_model(llama(d_model=1024, num_heads=16, head_dim=64, blocks=blocks, tied_embeddings=False))
+    params = goes_round(model)
+    asked = [Prompt("p/0", tuple(8 + i % 16 for i in range(48)), "integer", {})]
     c = EmbeddedConfig(num_slots=1, max_len=192, decode_chunk=32, prefill_rows=1, dtype="float32")
     engines = {k: engine_of(model, dataclasses.replace(c, speculate=k), params) for k in (0, 4, 8)}
     greedy, times, found = SamplingParams(0.0, 1.0, 0, 128, ()), {k: [] for k in engines}, {}
-    for turn in range(6):
+    for turn in range(4):
         for k, engine in engines.items():
             start = time.perf_counter()
             found[k] = engine.generate(asked, num_samples=1, sampling=greedy, seed=0)
@@ -277,4 +272,4 @@ def test_a_model_that_goes_round_in_a_loop_is_faster_with_drafts(make_model, cap
         print(f"speed-up with drafts of 4 and 8: {gains[4]:.2f}, {gains[8]:.2f}; accepted a step: "
               f"{accepted(engines[4]):.1f}, {accepted(engines[8]):.1f}")  # fmt: skip
     assert accepted(engines[8]) > 3
-    assert max(gains.values()) > 1.1
+    assert min(gains.values()) > 1.5
