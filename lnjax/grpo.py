@@ -51,7 +51,8 @@ def build_updater(model: Model, c: GrpoConfig, *, dtype: Any) -> Updater:
         return grpo_loss(out.logprobs_BT, out.entropy_BT, batch, c=c.loss)
 
     abstract = model.abstract_trained(dtype=dtype)
-    return Updater(loss, abstract_params=abstract, c=c.optimizer, total_steps=c.steps * c.updates_per_step)
+    steps = c.steps * c.updates_per_step
+    return Updater(loss, abstract_params=abstract, c=c.optimizer, total_steps=steps, by_layer=model.by_layer())
 
 
 def run(b: Built, r: Resources, c: GrpoConfig, *, stage: Stage, start: Position) -> Any:

@@ -63,7 +63,7 @@ def build_updater(model: Model, c: Config, *, dtype: Any) -> Updater:
             scores = judge.scores(params, batch.packed, batch.last_BPK)
             return (regression_loss if objective == "regression" else bradley_terry_loss)(scores, batch)
 
-    return Updater(loss, abstract_params=abstract, c=c.optimizer, total_steps=c.steps)
+    return Updater(loss, abstract_params=abstract, c=c.optimizer, total_steps=c.steps, by_layer=model.by_layer())
 
 
 def run(b: Built, r: Resources, c: Config, *, stage: Stage, start: Position) -> Any:

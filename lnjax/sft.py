@@ -30,7 +30,7 @@ def build_updater(model: Model, c: SftConfig, *, dtype: Any) -> Updater:
         return sft_loss(out.logprobs_BT, out.entropy_BT, batch)
 
     abstract = model.abstract_trained(dtype=dtype)
-    return Updater(loss, abstract_params=abstract, c=c.optimizer, total_steps=c.steps)
+    return Updater(loss, abstract_params=abstract, c=c.optimizer, total_steps=c.steps, by_layer=model.by_layer())
 
 
 def run(b: Built, r: Resources, c: SftConfig, *, stage: Stage, start: Position) -> Any:

@@ -19,6 +19,7 @@ from lnjax.learn.loss import grpo_loss, kl_penalty, policy_loss, sft_loss
 from lnjax.learn.optimizer import learning_rate
 from lnjax.learn.update import Updater
 from lnjax.mesh import put_rows
+from lnjax.models import decoder
 from lnjax.planner.compiled import abstract_batch
 from lnjax.schema import AdvantageConfig, GrpoLossConfig, MeshConfig, OptimizerConfig, PackConfig
 from lnjax.types import PackedBatch, RlBatch, Sample
@@ -159,7 +160,8 @@ def updater(model, c=None, steps=10):
         return sft_loss(out.logprobs_BT, out.entropy_BT, batch)
 
     abstract = model.abstract_params(dtype=jnp.float32)
-    return Updater(loss, abstract_params=abstract, c=c or OptimizerConfig(learning_rate=1e-2), total_steps=steps)
+    c, by_layer = c or OptimizerConfig(learning_rate=1e-2), model.by_layer()
+    return Updater(loss, abstract_params=abstract, c=c, total_steps=steps, by_layer=by_layer)
 
 
 def test_any_split_into_microbatches_gives_the_same_gradient(make_model):
@@ -246,6 +248,23 @@ def on_one_device(make_model):
 @pytest.mark.parametrize("mesh", [MeshConfig(fsdp=4, tensor=2), MeshConfig(fsdp=8)], ids=["fsdp4-tensor2", "fsdp8"])
 def test_eight_devices_train_like_one(make_model, mesh, on_one_device):
     losses, params = train(make_model(nemotron(), mesh=mesh, devices=8), nemotron())
+    close(on_one_device[0], losses, 1e-5)
+    for a, b in zip(jax.tree.leaves(on_one_device[1]), jax.tree.leaves(params), strict=True):
+        close(a, b, 1e-3)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots"])
+@pytest.mark.parametrize(
+    ("mesh", "devices"),
+    [(MeshConfig(fsdp=1), 1), (MeshConfig(fsdp=4, tensor=2), 8)],
+    ids=["one-device", "eight-devices"],
+)
+def test_training_without_a_loop_over_layers_is_the_same(make_model, mesh, devices, remat, on_one_device, monkeypatch):
+    monkeypatch.setitem(decoder.UNROLL, "cpu", 8)
+    model = make_model(nemotron(), mesh=mesh, devices=devices, remat=remat)
+    assert "layers" in updater(model).view(model.init_params(jax.random.key(0), dtype=jnp.float32))
+    losses, params = train(model, nemotron())
+    assert jax.tree.structure(params) == jax.tree.structure(on_one_device[1])
     close(on_one_device[0], losses, 1e-5)
     for a, b in zip(jax.tree.leaves(on_one_device[1]), jax.tree.leaves(params), strict=True):
         close(a, b, 1e-3)

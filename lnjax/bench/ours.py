@@ -20,7 +20,8 @@ from lnjax.checkpoint.hf import save_hf
 from lnjax.data.packing import microbatches
 from lnjax.data.packing import pack as pack_rows
 from lnjax.mesh import make_mesh, put_rows
-from lnjax.models.decoder import Model, rope_tables
+from lnjax.models.decoder import Model
+from lnjax.models.rope import rope_tables
 from lnjax.planner.counts import flops_per_token, matmul_flops_per_token
 from lnjax.rollout.embedded import EmbeddedEngine
 from lnjax.schema import (

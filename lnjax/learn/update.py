@@ -22,18 +22,31 @@ from lnjax.schema import OptimizerConfig
 from lnjax.types import TrainState
 
 LossFn = Callable[[Any, Any], LossSum]
+View = Callable[[Any], Any]
 
 
 class Updater:
     """Compiled update of one stage. `update(state, microbatches) -> (state, stats)`; the old state is consumed."""
 
-    def __init__(self, loss_fn: LossFn, *, abstract_params: Any, c: OptimizerConfig, total_steps: int):
-        """`abstract_params`: ShapeDtypeStructs with shardings; gradients and optimizer state lie as they do."""
+    def __init__(
+        self,
+        loss_fn: LossFn,
+        *,
+        abstract_params: Any,
+        c: OptimizerConfig,
+        total_steps: int,
+        by_layer: tuple[View, View] | None = None,
+    ):
+        """`abstract_params`: ShapeDtypeStructs with shardings; gradients and optimizer state lie as they do. `by_layer`: the
+        view of parameters that `loss_fn` computes with, made once an update, and the way back for the gradients."""
         self._optimizer = build_optimizer(c, total_steps=total_steps)
         self._schedule = learning_rate(c, total_steps=total_steps)
         self._c = c
         self._params = abstract_params
-        where = jax.tree.map(lambda x: x.sharding, abstract_params)
+        view, self._back = by_layer or (_same, _same)
+        self._viewed = view(abstract_params)
+        where = jax.tree.map(lambda x: x.sharding, self._viewed)
+        self.view = jax.jit(view, out_shardings=where) if by_layer else _same
         state = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         self._first = jax.jit(functools.partial(_gradient, loss_fn), out_shardings=(where, None))
         self._next = jax.jit(functools.partial(_accumulate, loss_fn), out_shardings=(where, None), donate_argnums=(2,))
@@ -76,11 +89,11 @@ class Updater:
 
     def abstract_gradient(self, batch: Any, frozen: Any = None) -> tuple[Any, LossSum]:
         """What `gradient` returns, as ShapeDtypeStructs with shardings. `batch`: one microbatch of ShapeDtypeStructs."""
-        grads, sums = jax.eval_shape(self._first, self._params, frozen or {}, batch)
+        grads, sums = jax.eval_shape(self._first, self._viewed, frozen or {}, batch)
         mesh = jax.tree.leaves(self._params)[0].sharding.mesh
         whole = NamedSharding(mesh, PartitionSpec())
         grads = jax.tree.map(
-            lambda g, p: jax.ShapeDtypeStruct(g.shape, g.dtype, sharding=p.sharding), grads, self._params
+            lambda g, p: jax.ShapeDtypeStruct(g.shape, g.dtype, sharding=p.sharding), grads, self._viewed
         )
         return grads, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), sums)
 
@@ -88,12 +101,14 @@ class Updater:
         self, state: TrainState, so_far: tuple[Any, LossSum], batch: Any, *, accumulate: bool, frozen: Any = None
     ) -> dict[str, Any]:
         """The programs of `update`, lowered for abstract arguments: where they will run need not be here."""
-        given = state.params, frozen or {}
+        given = self._viewed, frozen or {}
         gradient = self._next.lower(*given, so_far, batch) if accumulate else self._first.lower(*given, batch)
         return {"gradient": gradient, "apply": self._apply.lower(state, *so_far)}
 
     def gradient(self, params: Any, microbatches: Sequence[Any], frozen: Any = None) -> tuple[Any, LossSum]:
-        """(gradient of the loss *sum*, summed LossSum). `frozen`: parameters beside `params` that have none."""
+        """(gradient of the loss *sum* in the view that the loss has, summed LossSum). `frozen`: parameters beside `params` that
+        have none."""
+        params = self.view(params)
         grads, sums = self._first(params, frozen or {}, microbatches[0])
         for batch in microbatches[1:]:
             grads, sums = self._next(params, frozen or {}, (grads, sums), batch)
@@ -108,7 +123,7 @@ class Updater:
 
     def _apply_gradient(self, state: TrainState, grads: Any, sums: LossSum) -> tuple[TrainState, dict[str, Array]]:
         count = jnp.maximum(sums.count, 1e-9)
-        grads = jax.tree.map(lambda g: g / count, grads)
+        grads = jax.tree.map(lambda g: g / count, self._back(grads))
         loss, norm = sums.total / count, optax.global_norm(grads)
         skip, guard = guard_update(state.guard, step=state.step, norm=norm, loss=loss, factor=self._c.spike_factor)
         updates, opt_state = self._optimizer.update(
@@ -132,6 +147,10 @@ class Updater:
             **mean_metrics(sums.metrics),
         }
         return new, stats
+
+
+def _same(params: Any) -> Any:
+    return params
 
 
 def _gradient(loss_fn: LossFn, params: Any, frozen: Any, batch: Any) -> tuple[Any, LossSum]:

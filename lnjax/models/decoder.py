@@ -16,22 +16,25 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
-from lnjax.mesh import constrain, platform, positions_axis, sharding
+from lnjax.mesh import RULES, constrain, platform, positions_axis
 from lnjax.models.abstract import abstract
 from lnjax.models.lora import LORA, Adapter, adapt, merge
+from lnjax.models.rope import rope_tables, rotate
 from lnjax.models.spec import Run, runs
 from lnjax.ops.embed import embed_xla
 from lnjax.ops.head import HeadOutput
 from lnjax.ops.matmul import matmul_xla
 from lnjax.ops.select import Ops
-from lnjax.schema import LoraConfig, ModelSpec, RopeSpec
+from lnjax.schema import LoraConfig, ModelSpec
 
 Params = Any
 """Nested dict of arrays: embed, final_norm, head (untied), runs/<i>/{attention,ffn}/<name>."""
 
 UNROLL = {"cpu": 8, "gpu": 1}
-"""Layers of a run in one turn of its loop. On a CPU what a loop keeps for the backward pass costs a copy each way."""
+"""Layers of a run in one turn of its loop; above 1, training all weights has no loop: it computes with `Model.unstack`ed
+parameters. On a CPU a loop costs copies of every kernel, gradient and activation that go in and out of a stack."""
 
 Attend = Callable[[Array, Array, Array], Array]
 """(q_BTNH, k_BTKH, v_BTKH), rotated -> [B, T, N, H]."""
@@ -193,33 +196,6 @@ def rms_norm(x: Array, weight: Array, *, eps: float) -> Array:
     return y.astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
 
 
-def rope_frequencies(rope: RopeSpec, *, head_dim: int) -> Array:
-    """Radians per position, [H/2] float32; llama3 scaling as in the Llama 3.1 model card."""
-    inv = rope.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    if rope.factor == 1.0:
-        return inv
-    turns = rope.original_max_position * inv / (2 * jnp.pi)  # full turns within the original context
-    keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    keep = jnp.clip(keep, 0.0, 1.0)
-    return inv * (keep + (1.0 - keep) / rope.factor)
-
-
-def rope_tables(spec: ModelSpec, positions_BT: Array) -> tuple[Array, Array]:
-    """(cos, sin), each [B, T, 1, H/2] float32."""
-    angles = (
-        positions_BT.astype(jnp.float32)[..., None]
-        * rope_frequencies(spec.rope, head_dim=spec.head_dim)[(None,) * positions_BT.ndim]
-    )
-    return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-
-
-def rotate(x_BTNH: Array, rope: tuple[Array, Array]) -> Array:
-    """Rotary embedding, halves convention (as Hugging Face stores q and k)."""
-    cos, sin = rope
-    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
-
-
 @dataclass(frozen=True, slots=True)
 class Model:
     """A spec bound to a way of computing. Holds no arrays."""
@@ -281,12 +257,25 @@ class Model:
         return [decoder.runs[str(i)] for i in range(len(runs(self.spec)))]
 
     def unstack(self, params: Params) -> Params:
-        """The same tree with `runs` replaced by `layers`: one dict a block, without the layer dim. For engines."""
+        """The same tree, of arrays or ShapeDtypeStructs, with `runs` replaced by `layers`: one dict a block, without the layer
+        dim."""
         layers = []
         for i, run in enumerate(runs(self.spec)):
             for j in range(len(run.blocks)):
-                layers.append(jax.tree.map(lambda x, j=j: x[j], params["runs"][str(i)]))
+                layers.append(jax.tree.map(functools.partial(_layer, index=j), params["runs"][str(i)]))
         return {k: v for k, v in params.items() if k != "runs"} | {"layers": layers}
+
+    def stack(self, unstacked: Params) -> Params:
+        """The tree that `unstack` was given."""
+        left, stacks = iter(unstacked["layers"]), {}
+        for i, run in enumerate(runs(self.spec)):
+            stacks[str(i)] = jax.tree.map(lambda *x: jnp.stack(x), *(next(left) for _ in run.blocks))
+        return {k: v for k, v in unstacked.items() if k != "layers"} | {"runs": stacks}
+
+    def by_layer(self) -> tuple[Callable[[Params], Params], Callable[[Params], Params]] | None:
+        """(unstack, stack) where training computes with unstacked parameters."""
+        unrolled = UNROLL[platform(self.compute.ops.mesh)] > 1 and self.lora is None
+        return (self.unstack, self.stack) if unrolled else None
 
     def layers(self, unstacked: Params) -> list["Blocks"]:
         """One module a block, over what `unstack` returned."""
@@ -302,17 +291,11 @@ class Model:
         """Of `unstack`ed parameters that are whole on every device but for the tensor axis."""
         mesh = self.compute.ops.mesh
 
-        def place(param, *, first):
-            logical = [a if a != "embed" else None for a in param.get_metadata()["logical"]]
-            return sharding(mesh, *logical[first:])
+        def place(x: jax.ShapeDtypeStruct) -> NamedSharding:
+            spec = (None if axes == RULES["embed"] else axes for axes in x.sharding.spec)
+            return NamedSharding(mesh, PartitionSpec(*spec))
 
-        flat = nnx.to_flat_state(nnx.state(_abstract(self.spec), nnx.Param))
-        top = {path: place(p, first=0) for path, p in flat if path[0] != "runs"}
-        layers = []
-        for i, run in enumerate(runs(self.spec)):
-            one = {path[2:]: place(p, first=1) for path, p in flat if path[:2] == ("runs", str(i))}
-            layers += [nnx.traversals.unflatten_mapping(one)] * len(run.blocks)
-        return nnx.traversals.unflatten_mapping(top) | {"layers": layers}
+        return jax.tree.map(place, self.unstack(self.abstract_params(dtype=jnp.dtype("float32"))))
 
     def embed(self, params: Params, tokens_BT: Array) -> Array:
         c = self.compute
@@ -329,24 +312,28 @@ class Model:
         return gather(w, ("vocab", "embed"), self.compute)
 
     def hidden(self, params: Params, tokens_BT: Array, positions_BT: Array, segments_BT: Array) -> Array:
-        """Final-norm hidden states [B, T, D] of packed rows."""
+        """Final-norm hidden states [B, T, D] of packed rows. `params` may be `unstack`ed."""
         c, rope = self.compute, rope_tables(self.spec, positions_BT)
 
         def attend(q, k, v):
             return c.ops.attention(q, k, v, segments_BT)
 
         x = self.embed(params, tokens_BT)
-        for stack in self.stacks(params):
-            graph, *layers = nnx.split(stack, Adapter if LORA in params else nnx.Param, ...)
+        stacked = "layers" not in params
+        for module in self.stacks(params) if stacked else self.layers(params):
+            graph, *kernels = nnx.split(module, Adapter if LORA in params else nnx.Param, ...)
 
             def layer(x, params_of_layer, graph=graph):
                 trained, frozen = params_of_layer
                 x, trained = _settle((x, trained))
                 return nnx.merge(graph, trained, frozen)(x, rope, attend, c), None
 
-            length = len(jax.tree.leaves(layers)[0])
-            unroll = UNROLL[platform(c.ops.mesh)]
-            x, _ = jax.lax.scan(_remat(layer, c.remat, length=length), x, layers, unroll=unroll)
+            length = len(jax.tree.leaves(kernels)[0]) if stacked else 1
+            layer = _remat(layer, c.remat, length=length)
+            if stacked:
+                x, _ = jax.lax.scan(layer, x, kernels, unroll=UNROLL[platform(c.ops.mesh)])
+            else:
+                x, _ = layer(x, kernels)
         return self.final_norm(params, x)
 
     def logprobs(
@@ -375,6 +362,16 @@ class Model:
         positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
         x = self.hidden(params, tokens_BT, positions, jnp.ones_like(tokens_BT))
         return jnp.einsum("btd,vd->btv", x, self.head_weight(params), preferred_element_type=jnp.float32)
+
+
+def _layer(stacked: Any, *, index: int) -> Any:
+    """One layer of a stacked parameter, or of what stands for one."""
+    if not isinstance(stacked, jax.ShapeDtypeStruct):
+        return stacked[index]
+    mesh, spec = stacked.sharding.mesh, stacked.sharding.spec
+    return jax.ShapeDtypeStruct(
+        stacked.shape[1:], stacked.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec[1:]))
+    )
 
 
 @jax.custom_vjp

@@ -22,6 +22,7 @@ from lnjax.build import build_model
 from lnjax.config import load_config
 from lnjax.errors import PlanError
 from lnjax.mesh import make_mesh, put_rows
+from lnjax.models.decoder import UNROLL
 from lnjax.ops.attention import BLOCK_SERIAL
 from lnjax.planner.collectives import traffic
 from lnjax.planner.compiled import Job, compile_job
@@ -44,7 +45,9 @@ def llama(name: str, *, shape: tuple[int, int, int, int, int], vocab: int, rows:
     quick, (layers, width, heads, kv, ffn) = quickstart(), shape
     assert quick.sft and quick.model.spec
     blocks = uniform_blocks(num_layers=layers, num_kv_heads=kv, ffn=ffn)
-    spec = replace(quick.model.spec, vocab_size=vocab, d_model=width, num_heads=heads, head_dim=64, blocks=blocks)
+    spec = replace(
+        quick.model.spec, vocab_size=vocab, d_model=width, num_heads=heads, head_dim=width // heads, blocks=blocks
+    )
     spec = replace(spec, num_source_layers=layers, max_position=rows[1])
     pack = replace(quick.sft.pack, microbatch_rows=rows[0], row_tokens=rows[1])
     part = replace(quick.sft, batch_rows=rows[0], pack=pack)
@@ -54,7 +57,7 @@ def llama(name: str, *, shape: tuple[int, int, int, int, int], vocab: int, rows:
 def references() -> list[RunConfig]:
     """One far along each axis that the checked ones differ in."""
     return [
-        llama("narrow", shape=(4, 256, 4, 2, 768), vocab=4096, rows=(4, 256)),
+        llama("narrow", shape=(4, 192, 6, 3, 512), vocab=512, rows=(16, 128)),
         llama("deep", shape=(16, 320, 5, 5, 896), vocab=2048, rows=(4, 128)),
         llama("wide", shape=(2, 1024, 16, 8, 2816), vocab=1024, rows=(4, 256)),
         llama("long", shape=(4, 512, 8, 4, 1408), vocab=8192, rows=(1, 1024)),
@@ -82,8 +85,9 @@ def predict(c: RunConfig) -> tuple[int, float]:
     assert c.model.spec
     done = compile_job(Job(config=c, stage="sft", spec=c.model.spec, hw=H100, accumulate=False), jax.devices()[:1])
     gradient, apply = done.programs
-    peak = max(gradient.peak_bytes + done.state_bytes["optimizer"], apply.peak_bytes)
-    return peak, gradient.traffic + apply.traffic
+    view = done.state_bytes["parameters"] if UNROLL["cpu"] > 1 else 0
+    peak = max(gradient.peak_bytes + done.state_bytes["optimizer"] + view, apply.peak_bytes)
+    return peak, gradient.traffic + apply.traffic + 2 * view
 
 
 class Learner:
@@ -104,18 +108,24 @@ class Learner:
         so_far = updater.abstract_gradient(self._batch)
         lowered = updater.lower(self._state, so_far, self._batch, accumulate=False)
         self._gradient, self._apply = programs = [x.compile() for x in lowered.values()]
-        found = self._gradient(self._state.params, {}, self._batch)
-        resident = sum(x.nbytes for x in jax.live_arrays() if id(x) not in before)
-        self.bytes = resident + max(x.memory_analysis().temp_size_in_bytes for x in programs)
+        self._view, resident = updater.view, []
+        given = self._view(self._state.params)
+        found = self._gradient(given, {}, self._batch)
+        for _ in programs:
+            resident.append(sum(x.nbytes for x in jax.live_arrays() if id(x) not in before))
+            given = None  # before the second one
+        temporary = [x.memory_analysis().temp_size_in_bytes for x in programs]
+        self.bytes = max(map(sum, zip(resident, temporary, strict=True)))
+        view = resident[0] - resident[1]
+        self.traffic = sum(traffic(x.as_text()) for x in programs) + 2 * view
         del found
-        self.traffic = sum(traffic(x.as_text()) for x in programs)
         self.taken: list[float] = []
 
     def turn(self) -> None:
         """Steps for a while, their seconds at the end of `taken`."""
         end = time.perf_counter() + SECONDS
         while (start := time.perf_counter()) < end:
-            found = self._gradient(self._state.params, {}, self._batch)
+            found = self._gradient(self._view(self._state.params), {}, self._batch)
             self._state, stats = self._apply(self._state, *found)
             jax.block_until_ready((self._state, stats))
             self.taken.append(time.perf_counter() - start)

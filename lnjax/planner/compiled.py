@@ -28,6 +28,7 @@ from lnjax.build import build_model
 from lnjax.errors import LnjaxError, PlanError
 from lnjax.learn.update import Updater
 from lnjax.mesh import make_mesh, sharding
+from lnjax.models import decoder
 from lnjax.ops.cudnn import compile_without_a_gpu
 from lnjax.ops.matmul import count_fp8
 from lnjax.planner.collectives import Collective, read_collectives, traffic
@@ -221,6 +222,7 @@ def device_bytes(tree: Any) -> int:
 
 def main(task: Path, result: Path) -> None:
     job: Job = pickle.loads(task.read_bytes())
+    decoder.UNROLL["cpu"] = decoder.UNROLL["gpu"]  # a CPU's devices stand for GPUs
     try:
         done: Any = compile_job(job, target_devices(job.hw, job.devices))
     except LnjaxError as error:

@@ -26,8 +26,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lnjax.errors import ConfigError, RolloutError
 from lnjax.mesh import check_divisible, constrain, put_rows, sharding
 from lnjax.metrics import progress
-from lnjax.models.decoder import Model, Params, rope_tables
+from lnjax.models.decoder import Model, Params
 from lnjax.models.fingerprint import fingerprint
+from lnjax.models.rope import rope_tables
 from lnjax.ops.attention import attend_cached
 from lnjax.ops.sample import sample
 from lnjax.rollout.speculate import accept, cut, propose
