@@ -1,12 +1,13 @@
 """python -m lnjax.bench CASE --shape NAME [--arms default,steelman] [--rounds N] [--json PATH] [--chart PATH]
 
 Times our step beside the PyTorch path's, one after the other, A B A B, on the machine at hand. CASE: sft (ragged
-conversations), sft-dense, logprob, decode, grpo (a whole iteration), packing (what it saves; no arms), ops. The PyTorch arms
-run in processes of their own, with the same weights and tokens; they and we must agree on the first loss and gradient norm (or
-greedy tokens), else no time is printed. `ratio` is their time over ours.
+conversations), sft-dense, logprob, decode, grpo (a whole iteration), sync (a new policy in vLLM), packing (what it saves; no
+arms), ops. The PyTorch arms run in processes of their own, with the same weights and tokens; they and we must agree on the first
+loss and gradient norm (or greedy tokens), else no time is printed. `ratio` is their time over ours.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -211,9 +212,10 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         mfu = f"{r['mfu']:.1%}" if r["mfu"] and r["ours_flops"] else ""
         share = f"{r['of_gemm']:.0%}" if r["ours_flops"] else ""
         theirs = f"{r['theirs_s']:.4g}" if r["theirs_s"] else ""
+        speed = f"{r['ours_tokens_per_s']:,.0f}" if r["ours_tokens_per_s"] else ""
         lines.append(
             f"| {r['case']} | {r['shape']} | {r['item']} | {r['arm']} | {r['ours_s']:.4g} | {theirs} | {ratio} | "
-            f"{r['ours_tokens_per_s']:,.0f} | {r['ours_flops'] / 1e12:.3g} | {share} | {mfu} |"
+            f"{speed} | {r['ours_flops'] / 1e12:.3g} | {share} | {mfu} |"
         )
     return "\n".join(lines)
 
@@ -247,7 +249,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--chart", type=Path, help=".svg or .png")
     options = parser.parse_args(argv)
-    console, arms = Console(stderr=True, soft_wrap=True), []
+    console, arms, ours = Console(stderr=True, soft_wrap=True), [], contextlib.ExitStack()
     try:
         names = arm_names(
             options.arms or {"grpo": "default", "packing": "none"}.get(options.case, "default,steelman"),
@@ -261,9 +263,10 @@ def main(argv: Sequence[str]) -> int:
             raise ConfigError(f"bench: {options.shape} trains adapters, which no arm does; use --arms none")
         if options.remat:
             s = dataclasses.replace(s, remat=options.remat)
-        with tempfile.TemporaryDirectory(prefix="lnjax-bench-") as folder:
+        with tempfile.TemporaryDirectory(prefix="lnjax-bench-") as folder, ours:
             w = Work(s, ops, Path(folder), dense=options.case == "sft-dense", shared=bool(names))
             side = CASES[options.case](w)
+            ours.callback(side.close)
             for name in names:
                 console.print(f"starting {name}")
                 arms.append(

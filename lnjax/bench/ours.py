@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,16 @@ from lnjax.bench import shapes
 from lnjax.bench.shapes import Shape
 from lnjax.build import build_model
 from lnjax.checkpoint.hf import save_hf
+from lnjax.checkpoint.publish import Publisher
 from lnjax.data.packing import microbatches
 from lnjax.data.packing import pack as pack_rows
 from lnjax.mesh import make_mesh, put_rows
 from lnjax.models.decoder import Model
+from lnjax.models.hf import hf_config
 from lnjax.models.rope import rope_tables
 from lnjax.planner.counts import flops_per_token, matmul_flops_per_token
 from lnjax.rollout.embedded import EmbeddedEngine
+from lnjax.rollout.vllm import VllmEngine
 from lnjax.schema import (
     AdvantageConfig,
     EmbeddedConfig,
@@ -39,8 +43,9 @@ from lnjax.schema import (
     SamplingConfig,
     SftConfig,
     SftDataConfig,
+    VllmConfig,
 )
-from lnjax.types import Completion, Prompt, Rollout, RolloutGroup, Sample, SamplingParams, Score
+from lnjax.types import Completion, Prompt, Rollout, RolloutEngine, RolloutGroup, Sample, SamplingParams, Score
 
 RATE = 1e-5
 GREEDY = 8
@@ -59,6 +64,7 @@ class Side:
     """Real tokens of one step."""
     flops: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Of one step, by the project's convention."""
+    close: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +203,7 @@ def decode(w: Work) -> Side:
     return Side(_greedy(engines[f"batch {many}"], prompts), items, tokens)
 
 
-def _greedy(engine: EmbeddedEngine, prompts: list[Prompt]) -> dict[str, Any]:
+def _greedy(engine: RolloutEngine, prompts: list[Prompt]) -> dict[str, Any]:
     found = engine.generate(prompts, num_samples=1, sampling=_sampling(GREEDY, temperature=0.0), seed=0)
     return {"tokens": [list(x.token_ids) for group in found for x in group]}
 
@@ -239,6 +245,34 @@ def reinforce(w: Work) -> Side:
 def reward(x: Completion) -> Score:
     """Share of even token ids: a rule that costs nothing and tells samples apart."""
     return Score(sum(t % 2 == 0 for t in x.token_ids) / len(x.token_ids))
+
+
+def sync(w: Work) -> Side:
+    """A new policy published, read by a vLLM server, checked, applied and attested."""
+    s, model, prompts = w.shape, w.model(), _prompts(w)
+    c = VllmConfig(max_len=s.prompt_tokens + s.new_tokens, dtype=s.dtype, max_sequences=s.prompts)
+    publisher = Publisher(
+        w.folder / "published",
+        spec=s.spec,
+        mesh=w.mesh(),
+        dtype=jnp.dtype(s.dtype),
+        keep=c.keep_versions,
+        deadline_s=c.swap_deadline_s,
+        tensor_parallel=c.tensor_parallel,
+    )
+    params, change = w.params(model, dtype=s.dtype), jax.jit(lambda p, by: jax.tree.map(lambda x: x * by, p))
+    note = functools.partial(print, file=sys.stderr)
+    engine = VllmEngine(c, publisher=publisher, model=hf_config(s.spec, dtype=s.dtype), run_dir=w.folder, note=note)
+
+    def policy(k: int) -> None:
+        engine.load_weights(k + 1, change(params, jnp.asarray(1 + 1e-3 * k, s.dtype)))
+
+    try:
+        policy(0)
+        return Side(_greedy(engine, prompts), {"policy": policy}, close=engine.close)
+    except BaseException:
+        engine.close()
+        raise
 
 
 def packing(w: Work) -> Side:
@@ -346,4 +380,5 @@ CASES: Mapping[str, Callable[[Work], Side]] = {
     "grpo": reinforce,
     "packing": packing,
     "ops": kernels,
+    "sync": sync,
 }

@@ -209,7 +209,8 @@ def decode(w):
     return {"tokens": greedy.tolist()}, {f"batch {len(rows)}": batch, "batch 1": alone}
 
 
-def decode_vllm(w):
+def served(w):
+    """(vLLM in this process, the prompts, a function that samples, one that makes their greedy tokens)."""
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": "2",
@@ -225,10 +226,35 @@ def decode_vllm(w):
         c = SamplingParams(n=n, temperature=temperature, max_tokens=new, ignore_eos=True, detokenize=False, logprobs=0)
         return [[o.token_ids for o in x.outputs] for x in llm.generate(asked, c, use_tqdm=False)]
 
-    greedy = [list(group[0]) for group in generate(prompts, w.s["greedy"], n=1, temperature=0.0)]
+    greedy = lambda: [list(group[0]) for group in generate(prompts, w.s["greedy"], n=1, temperature=0.0)]  # noqa: E731
+    return llm, prompts, generate, greedy
+
+
+def decode_vllm(w):
+    _, prompts, generate, greedy = served(w)
     batch = lambda k: generate(prompts, w.s["new_tokens"], n=w.s["samples"], temperature=1.0)  # noqa: E731
     alone = lambda k: generate(prompts[:1], w.s["new_tokens"], n=1, temperature=1.0)  # noqa: E731
-    return {"tokens": greedy}, {f"batch {len(prompts) * w.s['samples']}": batch, "batch 1": alone}
+    return {"tokens": greedy()}, {f"batch {len(prompts) * w.s['samples']}": batch, "batch 1": alone}
+
+
+def sync(w):
+    """A new policy into vLLM in this process: by a Hugging Face folder, or (steelman) handed over in memory, unchecked."""
+    llm, *_, greedy = served(w)
+    model, folder = w.model(), w.folder / f"policy-{w.arm}"
+
+    @torch.no_grad()
+    def policy(k):
+        new = {name: x * (1 + 1e-3 * k) for name, x in model.named_parameters()}
+        if w.arm == "steelman":
+            found = {"weights_iterator": iter(new.items())}
+        else:
+            model.save_pretrained(folder, state_dict=new)
+            found = {"weights_path": str(folder)}
+        llm.collective_rpc("reload_weights", kwargs=found)
+        llm.reset_prefix_cache()
+
+    policy(0)
+    return {"tokens": greedy()}, {"policy": policy}
 
 
 def reinforce(w):
@@ -349,6 +375,7 @@ CASES = {
     "decode": decode,
     "grpo": reinforce,
     "ops": kernels,
+    "sync": sync,
 }
 
 
