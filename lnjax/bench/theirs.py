@@ -211,11 +211,8 @@ def decode(w):
 
 def served(w):
     """(vLLM in this process, the prompts, a function that samples, one that makes their greedy tokens)."""
-    os.environ |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "2",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-    }
+    environment = {"ENABLE_V1_MULTIPROCESSING": "0", "CPU_KVCACHE_SPACE": "2", "LOGGING_LEVEL": "WARNING"}
+    os.environ |= {f"VLLM_{name}": value for name, value in environment.items()}
     from vllm import LLM, SamplingParams
 
     length = w.s["prompt_tokens"] + w.s["new_tokens"]
@@ -368,15 +365,8 @@ def kernels(w):
     }
 
 
-CASES = {
-    "sft": train,
-    "sft-dense": train,
-    "logprob": logprob,
-    "decode": decode,
-    "grpo": reinforce,
-    "ops": kernels,
-    "sync": sync,
-}
+CASES = {"sft": train, "sft-dense": train, "logprob": logprob, "decode": decode, "grpo": reinforce}
+CASES |= {"ops": kernels, "sync": sync}
 
 
 def main():
