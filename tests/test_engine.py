@@ -121,6 +121,7 @@ def test_devices_with_slots_of_their_own_exchange_one_number_a_step(make_model, 
     assert "s32[] " in moved[0]
 
 
+@pytest.mark.slow
 def test_greedy_decoding_follows_the_most_likely_token(make_model):
     model = make_model(llama(initializer_range=0.3))
     engine, params = engine_of(model)

@@ -283,6 +283,7 @@ def test_on_and_off_stand_side_by_side_and_the_same_command_asks_only_what_is_mi
     assert "aime24_on.jsonl:1: measured otherwise (config was" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_cannot_be_measured_is_a_row_that_says_why_and_an_error_where_it_was_asked_for(
     data, engine, capsys, tmp_path, monkeypatch
 ):

@@ -164,6 +164,7 @@ def updater(model, c=None, steps=10):
     return Updater(loss, abstract_params=abstract, c=c, total_steps=steps, by_layer=by_layer)
 
 
+@pytest.mark.slow
 def test_any_split_into_microbatches_gives_the_same_gradient(make_model):
     model = make_model(llama())
     params = model.init_params(jax.random.key(0), dtype=jnp.float32)
@@ -253,11 +254,13 @@ def test_eight_devices_train_like_one(make_model, mesh, on_one_device):
         close(a, b, 1e-3)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots"])
 @pytest.mark.parametrize(
-    ("mesh", "devices"),
-    [(MeshConfig(fsdp=1), 1), (MeshConfig(fsdp=4, tensor=2), 8)],
-    ids=["one-device", "eight-devices"],
+    ("mesh", "devices", "remat"),
+    [
+        (MeshConfig(fsdp=1), 1, "none"),
+        pytest.param(MeshConfig(fsdp=4, tensor=2), 8, "dots", marks=pytest.mark.slow),
+    ],
+    ids=["one device", "eight devices, remat"],
 )
 def test_training_without_a_loop_over_layers_is_the_same(make_model, mesh, devices, remat, on_one_device, monkeypatch):
     monkeypatch.setitem(decoder.UNROLL, "cpu", 8)
