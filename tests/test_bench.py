@@ -86,9 +86,8 @@ def test_packing_and_sharing_are_timed_over_the_same_tokens(tmp_path):
 @pytest.mark.parametrize("case", ["sft", "sft-dense", "logprob", "decode", "grpo", "ops", "sync"])
 def test_both_sides_agree_and_are_timed(tmp_path, case):
     build_environment()
-    arms = {"sft": "default,steelman", "sync": "default,steelman", "decode": "default,vllm"}.get(
-        case, "default"
-    )  # compiling takes a minute
+    both = "default,steelman"
+    arms = {"sft": both, "sync": both, "decode": "default,vllm"}.get(case, "default")  # compiling takes a minute
     out, chart = tmp_path / "rows.json", tmp_path / "chart.svg"
     text = run(case, "--arms", arms, "--json", str(out), "--chart", str(chart))
     rows = json.loads(out.read_text())

@@ -270,7 +270,7 @@ def test_training_without_a_loop_over_layers_is_the_same(make_model, mesh, devic
     assert jax.tree.structure(params) == jax.tree.structure(on_one_device[1])
     close(on_one_device[0], losses, 1e-5)
     for a, b in zip(jax.tree.leaves(on_one_device[1]), jax.tree.leaves(params), strict=True):
-        close(a, b, 1e-3)
+        close(a, b, 1e-5 if devices == 1 else 1e-3)  # Adam makes much of rounding where a gradient is near 0
 
 
 def test_remat_policies_change_nothing(make_model):

@@ -46,7 +46,7 @@ class Updater:
         view, self._back = by_layer or (_same, _same)
         self._viewed = view(abstract_params)
         where = jax.tree.map(lambda x: x.sharding, self._viewed)
-        self.view = jax.jit(view, out_shardings=where) if by_layer else _same
+        self.view = jax.jit(view, out_shardings=where) if by_layer else _same  # what the gradient's program is given
         state = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         self._first = jax.jit(functools.partial(_gradient, loss_fn), out_shardings=(where, None))
         self._next = jax.jit(functools.partial(_accumulate, loss_fn), out_shardings=(where, None), donate_argnums=(2,))
