@@ -46,7 +46,9 @@ class FakeServer:
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
-                if status == 500:  # like vLLM's server: it logs the traceback, then closes what may carry a request by now
+                if (
+                    status == 500
+                ):  # like vLLM's server: it logs the traceback, then closes what may carry a request by now
                     time.sleep(0.05)
                     self.close_connection = True
 
