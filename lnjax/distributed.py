@@ -13,6 +13,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lnjax.errors import ConfigError, DeadlineExceeded
@@ -94,6 +95,15 @@ def _integer(environ: Mapping[str, str], name: str, default: str | None = None) 
     if text is None or not text.isdigit():
         raise ConfigError(f"{name}={text!r}: expected a whole number")
     return int(text)
+
+
+def keep_programs(run_dir: Path) -> None:
+    """What takes longer than a second to compile lies in RUN_DIR/compiled, where all processes see it, for the next start of this
+    run. JAX_COMPILATION_CACHE_DIR names another place, for several runs."""
+    import jax  # noqa: PLC0415
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(run_dir / "compiled"))
 
 
 def start(place: Place, *, c: ClusterConfig) -> None:

@@ -54,7 +54,6 @@ ENVIRONMENT = (
     Flag("JAX_PLATFORMS", "cpu", "no search for GPUs", platform="cpu"),
     Flag("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92", "room for NCCL and cuDNN beside XLA's pool"),
     Flag("CUDA_DEVICE_MAX_CONNECTIONS", "1", "kernels start in the order in which they were given to the streams"),
-    Flag("NVTE_FUSED_ATTN", "1", "Transformer Engine's cuDNN attention"),
 )
 
 

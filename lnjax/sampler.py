@@ -15,6 +15,7 @@ from lnjax.build import Built, build, build_engine, build_scores, initial_params
 from lnjax.config import Job, parse
 from lnjax.data.chat import lint_template
 from lnjax.data.rows import Row, read_jsonl
+from lnjax.distributed import keep_programs
 from lnjax.errors import DataError, LnjaxError
 from lnjax.metrics import progress
 from lnjax.models.fingerprint import fingerprint
@@ -131,6 +132,7 @@ def front_door(
         if options.model:
             model = replace(job.config.model, source=options.model, spec=None, tokenizer="same")
             job = replace(job, config=replace(job.config, model=model))
+        keep_programs(job.run_dir)
         work(job, options)
         return 0
     except LnjaxError as error:

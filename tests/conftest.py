@@ -1,6 +1,9 @@
 """Every test sees eight virtual CPU devices; a mesh may use one of them or all. With JAX_PLATFORMS=cuda: the GPUs."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
     os.environ["XLA_FLAGS"] = (
@@ -20,6 +23,13 @@ import pytest
 
 from lnjax.models import decoder
 
+PROGRAMS = "JAX_COMPILATION_CACHE_DIR"
+if PROGRAMS not in os.environ:  # what one started process compiled, the others load, whichever worker's they are
+    os.environ[PROGRAMS] = tempfile.mkdtemp(prefix="lnjax-programs-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    atexit.register(shutil.rmtree, os.environ[PROGRAMS], ignore_errors=True)
+
+jax.config.update("jax_compilation_cache_dir", None)  # tests ask programs in this process what they are made of
 jax.config.update("jax_numpy_rank_promotion", "raise")
 decoder.UNROLL["cpu"] = 1  # unrolled layers take longer to compile than tests take to run them
 

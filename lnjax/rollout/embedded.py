@@ -124,12 +124,6 @@ class EmbeddedEngine:
     def close(self) -> None:
         self._weights = None
 
-    @property
-    def num_programs(self) -> int:
-        """Compiled so far; constant after warm-up."""
-        programs: list[Any] = [self._load, self._prefill, self._admit, self._decode, self._resize]
-        return sum(p._cache_size() for p in programs)
-
     def generate(
         self, prompts: list[Prompt], *, num_samples: int, sampling: SamplingParams, seed: int
     ) -> list[list[Completion]]:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lnjax.errors import ConfigError, RolloutError
 from lnjax.schema import VllmConfig
@@ -111,7 +111,6 @@ class LocalServer:
         command = [sys.executable, "-m", "lnjax.rollout.guard", *serve_command(c, model=model, port=port)]
         environment = serve_environment(c, index=index, root=root, key=key)
         log.parent.mkdir(parents=True, exist_ok=True)
-        file: IO[bytes]
         with open(log, "ab") as file:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT, env=environment
@@ -122,11 +121,8 @@ class LocalServer:
         status = self._process.poll()
         if status is None:
             return ""
-        return f"ended with status {status}; {self._log}: …{self.tail()}"
-
-    def tail(self) -> str:
         text = self._log.read_text(encoding="utf-8", errors="replace")
-        return " ".join(text[-LOG_TAIL:].split())
+        return f"ended with status {status}; {self._log}: …{' '.join(text[-LOG_TAIL:].split())}"
 
     def stop(self, *, deadline_s: float = 20.0) -> None:
         """Ends every process of the server."""
