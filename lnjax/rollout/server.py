@@ -118,8 +118,7 @@ class LocalServer:
 
     def ended(self) -> str:
         """Empty while it runs; else how it ended, with the end of its log."""
-        status = self._process.poll()
-        if status is None:
+        if (status := self._process.poll()) is None:
             return ""
         text = self._log.read_text(encoding="utf-8", errors="replace")
         return f"ended with status {status}; {self._log}: …{' '.join(text[-LOG_TAIL:].split())}"
