@@ -1,7 +1,7 @@
 """Device mesh and sharding rules: one table from logical axes to mesh axes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -63,6 +63,24 @@ def sharding(mesh: Mesh, *logical: str | None) -> NamedSharding:
 def constrain(x: Array, mesh: Mesh, *logical: str | None) -> Array:
     """Pin the layout of an intermediate value inside jit."""
     return jax.lax.with_sharding_constraint(x, sharding(mesh, *logical))
+
+
+def by_device(f: Callable[..., Any], *, mesh: Mesh, in_specs: Sequence[PartitionSpec], out_specs: Any) -> Any:
+    """jax.shard_map of `f`, which has no scalar arguments. JAX sums an input's gradient over all axes that its spec does not
+    name: those of a single device are named here, else a CPU copies the gradient for each."""
+    alone = [a for a in mesh.axis_names if mesh.shape[a] == 1]
+
+    def named(spec: PartitionSpec) -> PartitionSpec:
+        dims = [(d,) if isinstance(d, str) else d or () for d in spec]
+        return PartitionSpec((*dims[0], *(a for a in alone if not any(a in d for d in dims))), *dims[1:])
+
+    return jax.shard_map(f, mesh=mesh, in_specs=tuple(map(named, in_specs)), out_specs=out_specs, check_vma=False)
+
+
+def psum(x: Any, axes: str | tuple[str, ...], mesh: Mesh) -> Any:
+    """jax.lax.psum, but nothing where the axes are of a single device."""
+    axes = tuple(a for a in ((axes,) if isinstance(axes, str) else axes) if mesh.shape[a] > 1)
+    return jax.lax.psum(x, axes) if axes else x
 
 
 def axis_size(mesh: Mesh, logical: str) -> int:

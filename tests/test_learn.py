@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from lnjax import grpo, sft
@@ -16,7 +17,7 @@ from lnjax.grpo import pack_part
 from lnjax.health import check_update
 from lnjax.learn.advantage import group_advantages, loss_weight
 from lnjax.learn.loss import grpo_loss, kl_penalty, policy_loss, sft_loss
-from lnjax.learn.optimizer import learning_rate
+from lnjax.learn.optimizer import adamw, clip_scale, init_adam, learning_rate
 from lnjax.learn.update import Updater
 from lnjax.mesh import put_rows
 from lnjax.models import decoder
@@ -283,6 +284,26 @@ def test_remat_policies_change_nothing(make_model):
     for other in ("dots", "full"):
         for a, b in zip(jax.tree.leaves(grads["none"]), jax.tree.leaves(grads[other]), strict=True):
             close(a, b, 1e-5)
+
+
+def test_adamw_is_that_of_optax_and_decays_no_norm():
+    c = OptimizerConfig(learning_rate=1e-2, b1=0.9, b2=0.95, eps=1e-6, weight_decay=0.1)
+    theirs = optax.chain(
+        optax.clip_by_global_norm(0.5),
+        optax.adamw(1e-2, b1=0.9, b2=0.95, eps=1e-6, weight_decay=0.1, mask={"kernel": True, "norm": False}),
+    )
+    shapes = {"kernel": (3, 4), "norm": (4,)}
+    keys = iter(jax.random.split(jax.random.key(0), 20))
+    ours = expected = {k: jax.random.normal(next(keys), shape) for k, shape in shapes.items()}
+    state, their_state = init_adam(ours), theirs.init(expected)
+    for _ in range(4):
+        grads = {k: jax.random.normal(next(keys), shape) for k, shape in shapes.items()}
+        scale = clip_scale(optax.global_norm(grads), limit=0.5)
+        ours, state = adamw(c, ours, state, grads, rate=jnp.float32(1e-2), scale=scale, skip=jnp.bool_(False))
+        updates, their_state = theirs.update(grads, their_state, expected)
+        expected = optax.apply_updates(expected, updates)
+    jax.tree.map(close, ours, expected)
+    assert clip_scale(jnp.float32(9.0), limit=0.0) == 1.0
 
 
 def test_the_guard_skips_a_poisoned_update_counts_it_and_goes_on(make_model):

@@ -27,28 +27,46 @@ def learning_rate(c: OptimizerConfig, *, total_steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, c.learning_rate, c.warmup_steps), after], [c.warmup_steps])
 
 
-def build_optimizer(c: OptimizerConfig, *, total_steps: int) -> optax.GradientTransformation:
-    """Clipping is done by the update step, which reports the norm before it."""
-
-    def decayed(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in str(path[-1]), params)
-
-    return optax.adamw(
-        learning_rate(c, total_steps=total_steps),
-        b1=c.b1,
-        b2=c.b2,
-        eps=c.eps,
-        weight_decay=c.weight_decay,
-        mask=decayed,
-    )
+def init_adam(params: Any) -> optax.ScaleByAdamState:
+    """Zero moments, each of its parameter's shape and dtype."""
+    mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+    return optax.ScaleByAdamState(count=jnp.zeros((), jnp.int32), mu=mu, nu=nu)
 
 
-def clip(grads: Any, *, norm: Array, limit: float) -> Any:
-    """Scale gradients so that their global norm is at most `limit`; 0 leaves them."""
-    if limit <= 0:
-        return grads
-    scale = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-30))
-    return jax.tree.map(lambda g: g * scale, grads)
+def adamw(
+    c: OptimizerConfig,
+    params: Any,
+    state: optax.ScaleByAdamState,
+    grads: Any,
+    *,
+    rate: Array,
+    scale: Array,
+    skip: Array,
+) -> tuple[Any, optax.ScaleByAdamState]:
+    """AdamW (arXiv 1711.05101) on `scale` x gradients; where `skip` all stays as it is. Norms are not decayed.
+
+    Parameters come from the moments that are kept, so that XLA writes all three over the old ones without a copy.
+    """
+    count = state.count + ~skip
+
+    def keep(old: Array, new: Array) -> Array:
+        return jnp.where(skip, old, new.astype(old.dtype))
+
+    mu = jax.tree.map(lambda m, g: keep(m, c.b1 * m + (1 - c.b1) * g * scale), state.mu, grads)
+    nu = jax.tree.map(lambda v, g: keep(v, c.b2 * v + (1 - c.b2) * (g * scale) ** 2), state.nu, grads)
+    seen = jnp.maximum(count, 1)  # 0 where the first update is skipped
+
+    def step(path: Any, p: Array, m: Array, v: Array) -> Array:
+        direction = m / (1 - c.b1**seen) / (jnp.sqrt(v / (1 - c.b2**seen)) + c.eps)
+        decay = 0.0 if "norm" in str(path[-1]) else c.weight_decay
+        return keep(p, p - rate * (direction + decay * p))
+
+    return jax.tree_util.tree_map_with_path(step, params, mu, nu), optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
+
+
+def clip_scale(norm: Array, *, limit: float) -> Array:
+    """What gradients of this global norm are multiplied by so that it is at most `limit`; 0 leaves them."""
+    return jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-30)) if limit > 0 else jnp.ones(())
 
 
 def init_guard() -> GuardState:

@@ -17,7 +17,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lnjax.learn.loss import LossSum, add_metrics, mean_metrics
-from lnjax.learn.optimizer import build_optimizer, clip, guard_update, init_guard, learning_rate
+from lnjax.learn.optimizer import adamw, clip_scale, guard_update, init_adam, init_guard, learning_rate
 from lnjax.schema import OptimizerConfig
 from lnjax.types import TrainState
 
@@ -39,7 +39,6 @@ class Updater:
     ):
         """`abstract_params`: ShapeDtypeStructs with shardings; gradients and optimizer state lie as they do. `by_layer`: the
         view of parameters that `loss_fn` computes with, made once an update, and the way back for the gradients."""
-        self._optimizer = build_optimizer(c, total_steps=total_steps)
         self._schedule = learning_rate(c, total_steps=total_steps)
         self._c = c
         self._params = abstract_params
@@ -60,7 +59,7 @@ class Updater:
         return self._init(params, jnp.asarray(step, jnp.int32), rng)
 
     def _init_state(self, params: Any, step: Array, rng: Array) -> TrainState:
-        return TrainState(step=step, params=params, opt_state=self._optimizer.init(params), guard=init_guard(), rng=rng)
+        return TrainState(step=step, params=params, opt_state=init_adam(params), guard=init_guard(), rng=rng)
 
     def abstract_state(self) -> TrainState:
         """The state as ShapeDtypeStructs with shardings, for restoring a checkpoint."""
@@ -68,13 +67,6 @@ class Updater:
         replicated = NamedSharding(mesh, PartitionSpec())
         rng = jax.eval_shape(lambda: jax.random.key(0))
         shapes = jax.eval_shape(self._init_state, self._params, jax.ShapeDtypeStruct((), jnp.int32), rng)
-        opt_shardings = optax.tree_utils.tree_map_params(
-            self._optimizer,
-            lambda _, param: param.sharding,
-            shapes.opt_state,
-            self._params,
-            transform_non_params=lambda _: replicated,
-        )
 
         def place(x: Any, where: Any) -> Any:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
@@ -82,7 +74,9 @@ class Updater:
         return TrainState(
             step=place(shapes.step, replicated),
             params=self._params,
-            opt_state=jax.tree.map(place, shapes.opt_state, opt_shardings),
+            opt_state=shapes.opt_state._replace(
+                count=place(shapes.opt_state.count, replicated), mu=self._params, nu=self._params
+            ),
             guard=jax.tree.map(lambda x: place(x, replicated), shapes.guard),
             rng=place(shapes.rng, replicated),
         )
@@ -122,26 +116,17 @@ class Updater:
         return self._apply(state, grads, sums)
 
     def _apply_gradient(self, state: TrainState, grads: Any, sums: LossSum) -> tuple[TrainState, dict[str, Array]]:
-        count = jnp.maximum(sums.count, 1e-9)
-        grads = jax.tree.map(lambda g: g / count, self._back(grads))
-        loss, norm = sums.total / count, optax.global_norm(grads)
+        count, grads = jnp.maximum(sums.count, 1e-9), self._back(grads)
+        loss, norm = sums.total / count, optax.global_norm(grads) / count
         skip, guard = guard_update(state.guard, step=state.step, norm=norm, loss=loss, factor=self._c.spike_factor)
-        updates, opt_state = self._optimizer.update(
-            clip(grads, norm=norm, limit=self._c.clip_norm), state.opt_state, state.params
-        )
-        params = optax.apply_updates(state.params, updates)
-        keep = functools.partial(jax.tree.map, lambda old, new: jnp.where(skip, old, new))
-        new = TrainState(
-            step=state.step + 1,
-            params=keep(state.params, params),
-            opt_state=keep(state.opt_state, opt_state),
-            guard=guard,
-            rng=state.rng,
-        )
+        rate = jnp.asarray(self._schedule(state.opt_state.count), jnp.float32)
+        scale = clip_scale(norm, limit=self._c.clip_norm) / count
+        params, opt_state = adamw(self._c, state.params, state.opt_state, grads, rate=rate, scale=scale, skip=skip)
+        new = TrainState(step=state.step + 1, params=params, opt_state=opt_state, guard=guard, rng=state.rng)
         stats = {
             "loss": loss,
             "grad_norm": norm,
-            "learning_rate": jnp.asarray(self._schedule(_adam_count(state.opt_state)), jnp.float32),
+            "learning_rate": rate,
             "skipped": guard.num_skipped.astype(jnp.float32),
             "skipped_in_a_row": guard.num_skipped_in_a_row.astype(jnp.float32),
             **mean_metrics(sums.metrics),
@@ -169,7 +154,3 @@ def _accumulate(
     more, new = _gradient(loss_fn, params, frozen, batch)
     total = LossSum(sums.total + new.total, sums.count + new.count, add_metrics(sums.metrics, new.metrics))
     return jax.tree.map(jnp.add, grads, more), total
-
-
-def _adam_count(opt_state: Any) -> Array:
-    return optax.tree_utils.tree_get(opt_state, "count", filtering=lambda path, _: "ScaleByAdam" in str(path[-1]))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from lnjax.mesh import partition, positions_axis
+from lnjax.mesh import by_device, partition, positions_axis
 from lnjax.types import BRANCH
 
 BLOCK = 1024
@@ -35,7 +35,7 @@ def attention_sharded(
         start = jax.lax.axis_index("context") * q.shape[1] if positions else jnp.int32(0)
         return kernel(q, k, v, q_segments, k_segments, start)
 
-    run = jax.shard_map(local, mesh=mesh, in_specs=(queries, keys, keys, *segments), out_specs=queries, check_vma=False)
+    run = by_device(local, mesh=mesh, in_specs=(queries, keys, keys, *segments), out_specs=queries)
     return run(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BT)
 
 

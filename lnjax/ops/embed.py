@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from lnjax.mesh import partition, positions_axis
+from lnjax.mesh import by_device, partition, positions_axis, psum
 
 
 def embed_xla(table_VD: Array, tokens_BT: Array, *, mesh: Mesh) -> Array:
@@ -18,15 +18,9 @@ def embed_xla(table_VD: Array, tokens_BT: Array, *, mesh: Mesh) -> Array:
         row = tokens - jax.lax.axis_index("tensor") * table.shape[0]
         mine = (row >= 0) & (row < table.shape[0])
         x = jnp.where(mine[..., None], table[jnp.where(mine, row, 0)], 0)
-        if between == "residual":
+        if between == "residual" and mesh.shape["tensor"] > 1:
             return jax.lax.psum_scatter(x, "tensor", scatter_dimension=1, tiled=True)
-        return jax.lax.psum(x, "tensor")
+        return psum(x, "tensor", mesh)
 
-    run = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(partition("vocab", None), partition("batch", inside)),
-        out_specs=partition("batch", between, None),
-        check_vma=False,
-    )
-    return run(table_VD, tokens_BT)
+    specs = partition("vocab", None), partition("batch", inside)
+    return by_device(local, mesh=mesh, in_specs=specs, out_specs=partition("batch", between, None))(table_VD, tokens_BT)

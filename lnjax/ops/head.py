@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from lnjax.mesh import RULES, axis_size, check_divisible, partition, platform, positions_axis
+from lnjax.mesh import RULES, axis_size, by_device, check_divisible, partition, platform, positions_axis, psum
 
 LOGITS_BLOCK_BYTES = {"cpu": 64 * 2**20, "gpu": 512 * 2**20}
 """By platform. On a GPU many small blocks wait for memory: each adds to the whole gradient of the hidden states."""
@@ -161,14 +161,8 @@ def _forward(x_BTD, w_VD, targets_BT, wanted_BT, *, mesh: Mesh, temperature: flo
         )  # lse also of unwanted ones in a chunk: exp(logits - 0) overflows
 
     rows = partition("batch", "positions")
-    run = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(rows, PartitionSpec(VOCAB), rows, rows),
-        out_specs=(rows, rows, rows),
-        check_vma=False,
-    )
-    return run(x_BTD, w_VD, targets_BT, wanted_BT)
+    specs = rows, PartitionSpec(VOCAB), rows, rows
+    return by_device(local, mesh=mesh, in_specs=specs, out_specs=(rows, rows, rows))(x_BTD, w_VD, targets_BT, wanted_BT)
 
 
 def _backward(x_BTD, w_VD, targets_BT, wanted_BT, lse_BT, g_BT, *, mesh: Mesh, temperature: float):
@@ -208,18 +202,16 @@ def _backward(x_BTD, w_VD, targets_BT, wanted_BT, lse_BT, g_BT, *, mesh: Mesh, t
         dx = jnp.zeros((order.size, dx.shape[1])).at[order].set(dx[: order.size]).reshape(x_btd.shape)
         if shards > 1 and between == "residual":
             dx = jax.lax.psum_scatter(dx, VOCAB, scatter_dimension=1, tiled=True)
-        elif shards > 1:
-            dx = jax.lax.psum(dx, VOCAB)
-        dw = jax.lax.psum(dw, "data")
-        dw = jax.lax.psum_scatter(dw, width, scatter_dimension=1, tiled=True) if width else jax.lax.psum(dw, WIDTH)
+        else:
+            dx = psum(dx, VOCAB, mesh)
+        dw = psum(dw, "data", mesh)
+        if width and axis_size(mesh, "embed") > 1:
+            dw = jax.lax.psum_scatter(dw, width, scatter_dimension=1, tiled=True)
+        else:
+            dw = psum(dw, WIDTH, mesh)
         return dx.astype(x.dtype), dw.astype(w.dtype)
 
     rows = partition("batch", "positions")
-    run = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(rows, PartitionSpec(VOCAB), *(rows,) * 4),
-        out_specs=(partition("batch", between), PartitionSpec(VOCAB, width)),
-        check_vma=False,
-    )
-    return run(x_BTD, w_VD, targets_BT, wanted_BT, lse_BT, g_BT)
+    specs = rows, PartitionSpec(VOCAB), *(rows,) * 4
+    made = partition("batch", between), PartitionSpec(VOCAB, width)
+    return by_device(local, mesh=mesh, in_specs=specs, out_specs=made)(x_BTD, w_VD, targets_BT, wanted_BT, lse_BT, g_BT)
