@@ -26,7 +26,7 @@ LOGITS_BLOCK_BYTES = {"cpu": 64 * 2**20, "gpu": 512 * 2**20}
 VOCAB = "tensor"
 WIDTH = ("fsdp", "context")
 assert (RULES["vocab"], RULES["embed"]) == (VOCAB, WIDTH)
-CHUNK = {"cpu": 512, "gpu": 8192}
+CHUNK = {"cpu": 128, "gpu": 8192}
 """Most tokens of a chunk."""
 NO_LOGIT, UNSEEN = -1e30, -(2**31)
 """What takes no part in a sum over the vocabulary; the number of no token."""
