@@ -93,11 +93,17 @@ def _in_order(x: Array, order: Array, chunk: int) -> Array:
     return jnp.pad(x[order], [(0, -x.shape[0] % chunk), *((0, 0),) * (x.ndim - 1)])
 
 
-def _block_rows(num_tokens: int, num_rows: int, *, mesh: Mesh) -> int:
-    """Vocabulary rows of one block: equal blocks where the vocabulary divides into as many as it takes."""
-    most = max(128, LOGITS_BLOCK_BYTES[platform(mesh)] // (4 * num_tokens) // 128 * 128)
+def _block_rows(size: int, num_rows: int, *, mesh: Mesh) -> int:
+    """Vocabulary rows of one block, each with `size` logits or gradients: equal blocks where the vocabulary divides into as many
+    as it takes."""
+    most = max(128, LOGITS_BLOCK_BYTES[platform(mesh)] // (4 * size) // 128 * 128)
     blocks = -(-num_rows // most)
     return num_rows // blocks if num_rows % blocks == 0 else most
+
+
+def _part(w: Array, start: Array, block: int) -> Array:
+    """`block` rows of w; a slice of all of them would be a copy."""
+    return w if block == len(w) else jax.lax.dynamic_slice_in_dim(w, start, block)
 
 
 def _logits(x: Array, w: Array, index: Array, *, block: int, temperature: float) -> tuple[Array, Array, Array, Array]:
@@ -106,7 +112,7 @@ def _logits(x: Array, w: Array, index: Array, *, block: int, temperature: float)
     num_rows = w.shape[0]
     nominal = index * block
     start = jnp.minimum(nominal, num_rows - block)  # the last block overlaps the one before it
-    rows = jax.lax.dynamic_slice_in_dim(w, start, block)
+    rows = _part(w, start, block)
     logits = jnp.einsum("nd,vd->nv", x, rows, preferred_element_type=jnp.float32) / temperature
     numbers = start + jnp.arange(block)
     if num_rows % block:
@@ -122,7 +128,7 @@ def _forward(x_BTD, w_VD, targets_BT, wanted_BT, *, mesh: Mesh, temperature: flo
         order, count, chunk = _wanted_first(wanted_bt.reshape(-1), mesh=mesh)
         x = _in_order(x_btd.reshape(-1, x_btd.shape[-1]), order, chunk)
         targets = _in_order(targets_bt.reshape(-1), order, chunk) - jax.lax.axis_index(VOCAB) * w.shape[0]
-        block = _block_rows(chunk, w.shape[0], mesh=mesh)
+        block = _block_rows(max(chunk, w.shape[1]), w.shape[0], mesh=mesh)
 
         def tokens(number, found):
             x_c, targets_c = (jax.lax.dynamic_slice_in_dim(a, number * chunk, chunk) for a in (x, targets))
@@ -175,7 +181,7 @@ def _backward(x_BTD, w_VD, targets_BT, wanted_BT, lse_BT, g_BT, *, mesh: Mesh, t
         arrays = x_btd.reshape(-1, x_btd.shape[-1]), *(a.reshape(-1) for a in (targets_bt, lse_bt, g_bt * wanted_bt))
         x, targets, lse, g = (_in_order(a, order, chunk) for a in arrays)
         g, targets = g / temperature, targets - jax.lax.axis_index(VOCAB) * w.shape[0]
-        block = _block_rows(chunk, w.shape[0], mesh=mesh)
+        block = _block_rows(max(chunk, w.shape[1]), w.shape[0], mesh=mesh)
 
         def tokens(number, carry):
             at = number * chunk
@@ -189,8 +195,8 @@ def _backward(x_BTD, w_VD, targets_BT, wanted_BT, lse_BT, g_BT, *, mesh: Mesh, t
                 dlogits = dlogits.astype(x.dtype)
                 dx = dx + jnp.einsum("nv,vd->nd", dlogits, rows, preferred_element_type=jnp.float32)
                 dw_block = jnp.einsum("nv,nd->vd", dlogits, x_c, preferred_element_type=jnp.float32)
-                old = jax.lax.dynamic_slice_in_dim(dw, start, block)
-                return dx, jax.lax.dynamic_update_slice_in_dim(dw, old + dw_block, start, 0)
+                whole = _part(dw, start, block) + dw_block
+                return dx, whole if block == len(w) else jax.lax.dynamic_update_slice_in_dim(dw, whole, start, 0)
 
             dx, dw = carry
             init = (jnp.zeros(x_c.shape, jnp.float32), dw)
