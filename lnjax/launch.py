@@ -38,9 +38,8 @@ def main(argv: list[str]) -> int:
             os.environ |= {**(ENVIRONMENT if job.proxy else {}), "XLA_FLAGS": " ".join(flags).strip()}
         if not job.dry_run:
             watchdog, notice = Watchdog(place, run_dir=job.run_dir, c=job.config.cluster), Notice(place)
-        distributed.start(place, c=job.config.cluster)
-        if not job.dry_run:
             distributed.keep_programs(job.run_dir)
+        distributed.start(place, c=job.config.cluster)
         _work(job, console, watchdog, notice)
         distributed.stop(place)
     except BaseException as error:  # with several processes any end must be told to the others

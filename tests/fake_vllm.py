@@ -46,9 +46,7 @@ class FakeServer:
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
-                if (
-                    status == 500
-                ):  # like vLLM's server: it logs the traceback, then closes what may carry a request by now
+                if status == 500:  # as vLLM's server: it logs a traceback, then closes what may carry a request by now
                     time.sleep(0.05)
                     self.close_connection = True
 
@@ -70,10 +68,13 @@ class FakeServer:
         if path == "/weight_info":
             return 200, {"weight_version": self.served[-1]}
         if path == "/update_weights":
-            if self.trouble == "refuses once":
-                self.trouble = ""
+            if self.trouble.startswith("refuses once"):
+                self.trouble = self.trouble.removeprefix("refuses once").strip()
                 return 500, {"error": "chunk 0 is altered"}
             self.staged = body["update_info"]
+        if path == "/resume" and self.trouble == "and drops a resume":
+            self.trouble = ""
+            return 0, {}
         if path == "/finish_weight_update":
             self.attested = {"number": self.staged["number"], "digest": self.staged["digest"], "rank": 0}
             self.attested |= {"bytes_read": 1, "bytes_needed": 1}

@@ -139,17 +139,22 @@ def test_a_server_that_attests_other_weights_takes_no_request_until_it_attests_t
     assert server.attested["digest"] == version.digest
 
 
-def test_a_refused_version_is_repaired_and_loaded_and_the_server_is_never_left_paused(attach):
+@pytest.mark.parametrize("trouble", ["refuses once", "refuses once and drops a resume"])
+def test_a_refused_version_is_repaired_and_loaded_and_the_server_is_never_left_paused(attach, trouble):
     server = FakeServer()
     engine = attach(server)
     engine.load(1)
     ready(engine, 1)
-    server.trouble = "refuses once"
+    server.trouble = trouble
     server.calls.clear()
     engine.load(2)
     assert server.served[-1].startswith("2:")
     assert [c for c in server.calls if c in ("/pause", "/resume")] == ["/pause", "/resume"] * 2
     assert engine.report()["fleet"]["refused"] == 1
+    assert any(
+        "refused: /update_weights: 500" in n and ("then connection: /resume" in n) == ("drops" in trouble)
+        for n in engine.notes
+    )
 
 
 def test_a_server_that_lost_its_weights_gets_them_again(attach):

@@ -88,9 +88,12 @@ class Client:
                 await self._call("POST", "/update_weights", {"update_info": info})
                 await self._call("POST", "/finish_weight_update", {"weight_version": version.label})
                 reply = await self._call("POST", "/collective_rpc", {"method": "lnjax_attest"})
-            except BaseException:  # also the deadline above
-                with contextlib.suppress(ServerFault):  # the first fault is the one to tell: it decides what is done
+            except BaseException as error:  # also the deadline above
+                try:
                     await self._call("POST", "/resume", deadline_s=RESUME_S)
+                except ServerFault as then:  # the first fault decides what is done
+                    if isinstance(error, ServerFault):
+                        raise ServerFault(error.kind, f"{error.detail}; then {then}") from error
                 raise
             await self._call("POST", "/resume", deadline_s=RESUME_S)
         ranks = reply.get("results") or []
