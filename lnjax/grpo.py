@@ -156,9 +156,7 @@ def pack_part(groups: Sequence[Sequence[Sample]], *, c: GrpoConfig, first: bool)
     weights, count_B = [], np.zeros((packing.num_rows,), np.float32)
     for sample, place in zip(packing.samples, packing.places, strict=True):
         weight, count = loss_weight(
-            num_tokens=sum(sample.loss_mask),
-            aggregation=c.loss.aggregation,
-            max_new_tokens=c.sampling.max_new_tokens,
+            num_tokens=sum(sample.loss_mask), aggregation=c.loss.aggregation, max_new_tokens=c.sampling.max_new_tokens
         )
         weights.append(weight)
         count_B[place.row] += count

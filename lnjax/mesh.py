@@ -51,13 +51,28 @@ def platform(mesh: Mesh) -> str:
     return mesh.devices.flat[0].platform
 
 
+def inside() -> frozenset[str]:
+    """Mesh axes of whose shards the code being traced sees one alone: those of the jax.shard_map around it."""
+    return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def axes_of(logical: str | None) -> tuple[str, ...]:
+    """Mesh axes that share a dim of this logical axis, less those of which a single shard is seen."""
+    axes = RULES[logical]
+    return tuple(a for a in ((axes,) if isinstance(axes, str) else axes or ()) if a not in inside())
+
+
 def partition(*logical: str | None) -> PartitionSpec:
     """PartitionSpec of an array whose dims carry these logical axes."""
-    return PartitionSpec(*(RULES[name] for name in logical))
+    return PartitionSpec(*(axes_of(name) or None for name in logical))
 
 
 def sharding(mesh: Mesh, *logical: str | None) -> NamedSharding:
-    return NamedSharding(mesh, partition(*logical))
+    return NamedSharding(_here(mesh), partition(*logical))
+
+
+def _here(mesh: Mesh) -> Any:
+    return jax.sharding.get_abstract_mesh() if inside() else mesh
 
 
 def constrain(x: Array, mesh: Mesh, *logical: str | None) -> Array:
@@ -68,13 +83,15 @@ def constrain(x: Array, mesh: Mesh, *logical: str | None) -> Array:
 def by_device(f: Callable[..., Any], *, mesh: Mesh, in_specs: Sequence[PartitionSpec], out_specs: Any) -> Any:
     """jax.shard_map of `f`, which has no scalar arguments. JAX sums an input's gradient over all axes that its spec does not
     name: those of a single device are named here, else a CPU copies the gradient for each."""
-    alone = [a for a in mesh.axis_names if mesh.shape[a] == 1]
+    left = [a for a in mesh.axis_names if a not in inside()]
+    alone = [a for a in left if mesh.shape[a] == 1]
 
     def named(spec: PartitionSpec) -> PartitionSpec:
         dims = [(d,) if isinstance(d, str) else d or () for d in spec]
         return PartitionSpec((*dims[0], *(a for a in alone if not any(a in d for d in dims))), *dims[1:])
 
-    return jax.shard_map(f, mesh=mesh, in_specs=tuple(map(named, in_specs)), out_specs=out_specs, check_vma=False)
+    given, axes = tuple(map(named, in_specs)), set(left)
+    return jax.shard_map(f, mesh=_here(mesh), in_specs=given, out_specs=out_specs, axis_names=axes, check_vma=False)
 
 
 def psum(x: Any, axes: str | tuple[str, ...], mesh: Mesh) -> Any:
@@ -85,9 +102,7 @@ def psum(x: Any, axes: str | tuple[str, ...], mesh: Mesh) -> Any:
 
 def axis_size(mesh: Mesh, logical: str) -> int:
     """Devices that share one dim of this logical axis."""
-    axes = RULES[logical]
-    axes = (axes,) if isinstance(axes, str) else axes or ()
-    return math.prod(mesh.shape[a] for a in axes)
+    return math.prod(mesh.shape[a] for a in axes_of(logical))
 
 
 def positions_axis(mesh: Mesh, *, num_tokens: int, between_blocks: bool = False) -> str | None:

@@ -77,8 +77,6 @@ class OpsConfig:
     attention: Literal["xla", "cudnn"] = "xla"
     """Blocks of queries against blocks of keys, causal inside a segment; or cuDNN's kernel over packed rows (Hopper and later,
     bfloat16), which knows no shared prompts (pack.share_prompts) and no mesh.context."""
-    head: Literal["xla"] = "xla"
-    """Logprob and cross-entropy kernel: blocks of vocabulary, hand-written backward."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -247,7 +247,17 @@ def on_one_device(make_model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=4, tensor=2), MeshConfig(fsdp=8)], ids=["fsdp4-tensor2", "fsdp8"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        MeshConfig(fsdp=4, tensor=2),
+        MeshConfig(fsdp=8),
+        MeshConfig(data=2, fsdp=2, tensor=2),
+        MeshConfig(data=2, fsdp=1, context=2, tensor=2),
+        MeshConfig(data=8, fsdp=1),
+    ],
+    ids=["fsdp4-tensor2", "fsdp8", "data2-fsdp2-tensor2", "data2-context2-tensor2", "data8"],
+)
 def test_eight_devices_train_like_one(make_model, mesh, on_one_device):
     losses, params = train(make_model(nemotron(), mesh=mesh, devices=8), nemotron())
     close(on_one_device[0], losses, 1e-5)

@@ -110,8 +110,9 @@ class Work:
 
 
 def train(w: Work) -> Side:
-    """One SFT update over a batch of conversations, packed."""
-    s, model = w.shape, w.model()
+    """One SFT update over a batch of conversations, packed. A CPU is two devices: their gradients meet once an update."""
+    s = dataclasses.replace(w.shape, cpu_devices=2)
+    model = dataclasses.replace(w, shape=s).model()
     pack = PackConfig(row_tokens=s.row_tokens, microbatch_rows=s.microbatch_rows)
     c = SftConfig(
         data=SftDataConfig(source="arithmetic"), steps=10**6, batch_rows=0, pack=pack, optimizer=w.optimizer()
@@ -219,7 +220,7 @@ def reinforce(w: Work) -> Side:
         steps=10**6,
         sampling=SamplingConfig(max_new_tokens=s.new_tokens),
         advantage=AdvantageConfig(baseline="group_mean"),
-        pack=PackConfig(row_tokens=-(-group // 128) * 128, microbatch_rows=w.mesh().size),
+        pack=PackConfig(row_tokens=-(-group // 8) * 8, microbatch_rows=w.mesh().size),
         optimizer=w.optimizer(),
     )
     engine, updater = _engine(w, model, slots=s.prompts * s.samples), grpo.build_updater(model, c, dtype=jnp.float32)

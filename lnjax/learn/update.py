@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lnjax.learn.loss import LossSum, add_metrics, mean_metrics
 from lnjax.learn.optimizer import adamw, clip_scale, guard_update, init_adam, init_guard, learning_rate
@@ -23,6 +23,7 @@ from lnjax.types import TrainState
 
 LossFn = Callable[[Any, Any], LossSum]
 View = Callable[[Any], Any]
+REPLICAS = PartitionSpec("data")
 
 
 class Updater:
@@ -45,10 +46,14 @@ class Updater:
         view, self._back = by_layer or (_same, _same)
         self._viewed = view(abstract_params)
         where = jax.tree.map(lambda x: x.sharding, self._viewed)
+        self._mesh = jax.tree.leaves(where)[0].mesh
         self.view = jax.jit(view, out_shardings=where) if by_layer else _same  # what the gradient's program is given
         state = jax.tree.map(lambda x: x.sharding, self.abstract_state())
-        self._first = jax.jit(functools.partial(_gradient, loss_fn), out_shardings=(where, None))
-        self._next = jax.jit(functools.partial(_accumulate, loss_fn), out_shardings=(where, None), donate_argnums=(2,))
+        gradient = by_replica(functools.partial(_gradient, loss_fn), mesh=self._mesh)
+        parts = jax.tree.map(_part, where)
+        self._first = jax.jit(gradient, out_shardings=(parts, None))
+        self._next = jax.jit(functools.partial(_accumulate, gradient), out_shardings=(parts, None), donate_argnums=(2,))
+        self._sum = jax.jit(functools.partial(_sum, mesh=self._mesh), out_shardings=(where, None))
         self._apply = jax.jit(
             jax.named_scope("optimizer")(self._apply_gradient), out_shardings=(state, None), donate_argnums=(0,)
         )
@@ -63,14 +68,9 @@ class Updater:
 
     def abstract_state(self) -> TrainState:
         """The state as ShapeDtypeStructs with shardings, for restoring a checkpoint."""
-        mesh = jax.tree.leaves(self._params)[0].sharding.mesh
-        replicated = NamedSharding(mesh, PartitionSpec())
+        replicated = NamedSharding(self._mesh, PartitionSpec())
         rng = jax.eval_shape(lambda: jax.random.key(0))
         shapes = jax.eval_shape(self._init_state, self._params, jax.ShapeDtypeStruct((), jnp.int32), rng)
-
-        def place(x: Any, where: Any) -> Any:
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
         return TrainState(
             step=place(shapes.step, replicated),
             params=self._params,
@@ -82,14 +82,11 @@ class Updater:
         )
 
     def abstract_gradient(self, batch: Any, frozen: Any = None) -> tuple[Any, LossSum]:
-        """What `gradient` returns, as ShapeDtypeStructs with shardings. `batch`: one microbatch of ShapeDtypeStructs."""
+        """What adds up over microbatches, as ShapeDtypeStructs with shardings. `batch`: one microbatch of ShapeDtypeStructs."""
         grads, sums = jax.eval_shape(self._first, self._viewed, frozen or {}, batch)
-        mesh = jax.tree.leaves(self._params)[0].sharding.mesh
-        whole = NamedSharding(mesh, PartitionSpec())
-        grads = jax.tree.map(
-            lambda g, p: jax.ShapeDtypeStruct(g.shape, g.dtype, sharding=p.sharding), grads, self._viewed
-        )
-        return grads, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), sums)
+        whole = _part(NamedSharding(self._mesh, PartitionSpec()))
+        grads = jax.tree.map(lambda g, p: place(g, _part(p.sharding)), grads, self._viewed)
+        return grads, jax.tree.map(lambda x: place(x, whole), sums)
 
     def lower(
         self, state: TrainState, so_far: tuple[Any, LossSum], batch: Any, *, accumulate: bool, frozen: Any = None
@@ -102,6 +99,9 @@ class Updater:
     def gradient(self, params: Any, microbatches: Sequence[Any], frozen: Any = None) -> tuple[Any, LossSum]:
         """(gradient of the loss *sum* in the view that the loss has, summed LossSum). `frozen`: parameters beside `params` that
         have none."""
+        return self._sum(*self._parts(params, microbatches, frozen))
+
+    def _parts(self, params: Any, microbatches: Sequence[Any], frozen: Any) -> tuple[Any, LossSum]:
         params = self.view(params)
         grads, sums = self._first(params, frozen or {}, microbatches[0])
         for batch in microbatches[1:]:
@@ -112,10 +112,10 @@ class Updater:
         self, state: TrainState, microbatches: Sequence[Any], frozen: Any = None
     ) -> tuple[TrainState, dict[str, Array]]:
         """One optimizer step over all microbatches. Stats are float32 scalars still on the device."""
-        grads, sums = self.gradient(state.params, microbatches, frozen)
-        return self._apply(state, grads, sums)
+        return self._apply(state, *self._parts(state.params, microbatches, frozen))
 
     def _apply_gradient(self, state: TrainState, grads: Any, sums: LossSum) -> tuple[TrainState, dict[str, Array]]:
+        grads, sums = _sum(grads, sums, mesh=self._mesh)
         count, grads = jnp.maximum(sums.count, 1e-9), self._back(grads)
         loss, norm = sums.total / count, optax.global_norm(grads) / count
         skip, guard = guard_update(state.guard, step=state.step, norm=norm, loss=loss, factor=self._c.spike_factor)
@@ -134,6 +134,10 @@ class Updater:
         return new, stats
 
 
+def place(x: Any, where: NamedSharding) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+
 def _same(params: Any) -> Any:
     return params
 
@@ -147,10 +151,41 @@ def _gradient(loss_fn: LossFn, params: Any, frozen: Any, batch: Any) -> tuple[An
     return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
 
 
+def by_replica(gradient: Callable[..., Any], *, mesh: Mesh) -> Callable[..., Any]:
+    """`gradient(params, frozen, batch)` of every replica (mesh axis `data`) over its own rows, along a new first dim: replicas
+    meet once an update instead of once a microbatch. A single replica has no such dim."""
+    if mesh.shape["data"] == 1:
+        return gradient
+
+    def own(*args: Any) -> Any:
+        return jax.tree.map(lambda x: x[None], gradient(*args))
+
+    split = functools.partial(jax.shard_map, own, mesh=mesh, out_specs=REPLICAS, axis_names={"data"}, check_vma=False)
+
+    def run(params: Any, frozen: Any, batch: Any) -> Any:
+        rows = jax.tree.map(lambda x: REPLICAS if x.ndim else PartitionSpec(), batch)
+        return split(in_specs=(PartitionSpec(), PartitionSpec(), rows))(params, frozen, batch)
+
+    return run
+
+
+def _part(where: NamedSharding) -> NamedSharding:
+    """Of what `by_replica` returns for an array that lies so."""
+    return where if where.mesh.shape["data"] == 1 else NamedSharding(where.mesh, PartitionSpec(*REPLICAS, *where.spec))
+
+
+def _sum(grads: Any, sums: LossSum, *, mesh: Mesh) -> tuple[Any, LossSum]:
+    if mesh.shape["data"] == 1:
+        return grads, sums
+    grads, total, count = jax.tree.map(lambda x: x.sum(0), (grads, sums.total, sums.count))
+    metrics = {k: x.max(0) if k.endswith("_max") else x.sum(0) for k, x in sums.metrics.items()}
+    return grads, LossSum(total, count, metrics)
+
+
 def _accumulate(
-    loss_fn: LossFn, params: Any, frozen: Any, so_far: tuple[Any, LossSum], batch: Any
+    gradient: Callable[..., Any], params: Any, frozen: Any, so_far: tuple[Any, LossSum], batch: Any
 ) -> tuple[Any, LossSum]:
     grads, sums = so_far
-    more, new = _gradient(loss_fn, params, frozen, batch)
+    more, new = gradient(params, frozen, batch)
     total = LossSum(sums.total + new.total, sums.count + new.count, add_metrics(sums.metrics, new.metrics))
     return jax.tree.map(jnp.add, grads, more), total

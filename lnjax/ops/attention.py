@@ -17,7 +17,7 @@ from lnjax.types import BRANCH
 
 BLOCK = 1024
 """Queries, and keys, of one tile of scores; a shorter row is one tile."""
-BLOCK_SERIAL = 128
+BLOCK_SERIAL = 64
 """The same where sequences and heads go one after the other: a tile that stays in a core's cache."""
 NO_SCORE, LOWEST = -1e30, -1e20
 """A masked score; where the running maximum begins. exp(NO_SCORE - anything from LOWEST on) is 0."""

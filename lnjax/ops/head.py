@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from lnjax.mesh import RULES, axis_size, by_device, check_divisible, partition, platform, positions_axis, psum
+from lnjax.mesh import RULES, axis_size, by_device, check_divisible, inside, partition, platform, positions_axis, psum
 
 LOGITS_BLOCK_BYTES = {"cpu": 64 * 2**20, "gpu": 512 * 2**20}
 """By platform. On a GPU many small blocks wait for memory: each adds to the whole gradient of the hidden states."""
@@ -160,11 +160,7 @@ def _forward(x_BTD, w_VD, targets_BT, wanted_BT, *, mesh: Mesh, temperature: flo
         found = jax.lax.fori_loop(0, count, tokens, jnp.zeros((3, x.shape[0]), jnp.float32))
         found = jnp.zeros((3, order.size)).at[:, order].set(found[:, : order.size])
         logprobs, entropy, lse = found.reshape(3, *targets_bt.shape)
-        return (
-            logprobs * wanted_bt,
-            entropy * wanted_bt,
-            lse,
-        )  # lse also of unwanted ones in a chunk: exp(logits - 0) overflows
+        return logprobs * wanted_bt, entropy * wanted_bt, lse  # unwanted ones' too: exp(logits - 0) overflows
 
     rows = partition("batch", "positions")
     specs = rows, PartitionSpec(VOCAB), rows, rows
@@ -172,9 +168,11 @@ def _forward(x_BTD, w_VD, targets_BT, wanted_BT, *, mesh: Mesh, temperature: flo
 
 
 def _backward(x_BTD, w_VD, targets_BT, wanted_BT, lse_BT, g_BT, *, mesh: Mesh, temperature: float):
-    shards = axis_size(mesh, "vocab")
+    shards, parts, replicas = axis_size(mesh, "vocab"), axis_size(mesh, "embed"), tuple({"data"} - inside())
     between = positions_axis(mesh, num_tokens=targets_BT.shape[1], between_blocks=True)
-    width = WIDTH if w_VD.shape[1] % axis_size(mesh, "embed") == 0 else None
+    width = WIDTH if w_VD.shape[1] % parts == 0 else None
+    apart, along = width is not None and parts > 1, shards > 1 and between == "residual"
+    scatter = functools.partial(jax.lax.psum_scatter, scatter_dimension=1, tiled=True)
 
     def local(x_btd, w, targets_bt, wanted_bt, lse_bt, g_bt):
         order, count, chunk = _wanted_first(wanted_bt.reshape(-1), mesh=mesh)
@@ -206,15 +204,9 @@ def _backward(x_BTD, w_VD, targets_BT, wanted_BT, lse_BT, g_BT, *, mesh: Mesh, t
         init = (jnp.zeros(x.shape, jnp.float32), jnp.zeros(w.shape, jnp.float32))
         dx, dw = jax.lax.fori_loop(0, count, tokens, init)
         dx = jnp.zeros((order.size, dx.shape[1])).at[order].set(dx[: order.size]).reshape(x_btd.shape)
-        if shards > 1 and between == "residual":
-            dx = jax.lax.psum_scatter(dx, VOCAB, scatter_dimension=1, tiled=True)
-        else:
-            dx = psum(dx, VOCAB, mesh)
-        dw = psum(dw, "data", mesh)
-        if width and axis_size(mesh, "embed") > 1:
-            dw = jax.lax.psum_scatter(dw, width, scatter_dimension=1, tiled=True)
-        else:
-            dw = psum(dw, WIDTH, mesh)
+        dx = scatter(dx, VOCAB) if along else psum(dx, VOCAB, mesh)
+        dw = psum(dw, replicas, mesh)
+        dw = scatter(dw, width) if apart else psum(dw, WIDTH, mesh)
         return dx.astype(x.dtype), dw.astype(w.dtype)
 
     rows = partition("batch", "positions")

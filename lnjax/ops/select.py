@@ -50,20 +50,15 @@ def select_ops(c: OpsConfig, *, mesh: Mesh) -> Ops:
     where = platform(mesh)
     kernels = {"xla": functools.partial(attention_xla, serial=where == "cpu"), "cudnn": attention_cudnn}
     attentions = {name: functools.partial(attention_sharded, kernel=f, mesh=mesh) for name, f in kernels.items()}
-    heads = {"xla": functools.partial(head_xla, mesh=mesh)}
-    for kind, name, known in (
-        ("matmul", c.matmul, matmuls),
-        ("attention", c.attention, attentions),
-        ("head", c.head, heads),
-    ):
+    for kind, name, known in (("matmul", c.matmul, matmuls), ("attention", c.attention, attentions)):
         if name not in known:
             raise KernelUnavailable(f"ops.{kind}={name!r} does not exist; use one of {sorted(known)} with --ops.{kind}")
-    for kind, name in (("matmul", c.matmul), ("attention", c.attention)):
-        if name in ("fp8", "cudnn") and where != "gpu":
+        if name != "xla" and where != "gpu":
             raise KernelUnavailable(
                 f"ops.{kind}={name} needs NVIDIA GPUs, the mesh is of {where} devices; use --ops.{kind} xla"
             )
-    return Ops(mesh=mesh, matmul=matmuls[c.matmul], attention=attentions[c.attention], head=heads[c.head])
+    head = functools.partial(head_xla, mesh=mesh)
+    return Ops(mesh=mesh, matmul=matmuls[c.matmul], attention=attentions[c.attention], head=head)
 
 
 def check_ops(c: OpsConfig) -> None:

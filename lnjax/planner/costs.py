@@ -64,8 +64,6 @@ def pass_terms(
     streamed = 3 * gathered + 10 * tokens * m.tensor * spec.d_model * item * len(spec.blocks)
     group = m.fsdp * m.context
     moved = params * item / m.tensor * (group - 1) / group * (1 + again + 1 if backward else 1)
-    if m.data > 1 and backward:
-        moved += 2 * params * 4 / layout.shards * (m.data - 1) / m.data
     residual = tokens * m.tensor * spec.d_model * item * (m.tensor - 1) / m.tensor
     exchanged = residual * parts(spec) * (2 + (2 * again + 3) * backward)
     inside = layout.learner_gpus <= hw.gpus_per_node
@@ -148,7 +146,9 @@ def phases(c: RunConfig, spec: ModelSpec, layout: Layout, work: Work, hw: Hardwa
     both = pass_terms(c, spec, layout, work, hw, backward=True)
     gradient = _phase("update", both, times=work.updates * microbatches)
     item = ITEMSIZE[c.model.param_dtype]
-    apply = work.updates * params * (6 * item + 4) / layout.shards / hw.hbm
+    link = hw.nvlink if layout.learner_gpus <= hw.gpus_per_node else hw.infiniband
+    summed = 2 * 4 * (1 - 1 / layout.mesh.data) / link  # of a parameter's gradient, over replicas
+    apply = work.updates * params * ((6 * item + 4) / hw.hbm + summed) / layout.shards
     note = f"{work.updates} x {microbatches} microbatches of {layout.microbatch_rows} rows"
     found.append(Phase("update", gradient.seconds + apply, gradient.bound, note))
     if work.stage == "grpo" and layout.servers:
