@@ -265,6 +265,15 @@ def test_eight_devices_train_like_one(make_model, mesh, on_one_device):
         close(a, b, 1e-3)
 
 
+def test_replicas_sum_their_gradients_once_an_update(make_model):
+    model = make_model(llama(), mesh=MeshConfig(data=8, fsdp=1), devices=8)
+    up, batch = updater(model), abstract_batch(model.compute.ops.mesh, stage="sft", rows=8, row_tokens=24)
+    programs = up.lower(up.abstract_state(), up.abstract_gradient(batch), batch, accumulate=True)
+    found = {name: x.compile().as_text().count("all-reduce(") for name, x in programs.items()}
+    assert found["gradient"] == 0
+    assert found["apply"] > 0
+
+
 @pytest.mark.parametrize(
     ("mesh", "devices", "remat"),
     [
