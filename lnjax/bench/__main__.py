@@ -210,12 +210,12 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         low, high = r["ratio_spread"] or (0, 0)
         ratio = f"{r['ratio']:.2f} ({low:.2f} to {high:.2f})" if r["ratio"] else ""
         mfu = f"{r['mfu']:.1%}" if r["mfu"] and r["ours_flops"] else ""
-        share = f"{r['of_gemm']:.0%}" if r["ours_flops"] else ""
+        rate, share = (f"{r['ours_flops'] / 1e12:.3g}", f"{r['of_gemm']:.0%}") if r["ours_flops"] else ("", "")
         theirs = f"{r['theirs_s']:.4g}" if r["theirs_s"] else ""
         speed = f"{r['ours_tokens_per_s']:,.0f}" if r["ours_tokens_per_s"] else ""
         lines.append(
             f"| {r['case']} | {r['shape']} | {r['item']} | {r['arm']} | {r['ours_s']:.4g} | {theirs} | {ratio} | "
-            f"{speed} | {r['ours_flops'] / 1e12:.3g} | {share} | {mfu} |"
+            f"{speed} | {rate} | {share} | {mfu} |"
         )
     return "\n".join(lines)
 
