@@ -27,7 +27,7 @@ class Shape:
     lora_rank: int = 0
     """Where positive, adapters alone are trained and the weights below them are of `dtype`. The other arms know no adapters."""
     cpu_devices: int = 2
-    """XLA devices that a CPU is: two share the work between products, one reads the weights once."""
+    """XLA devices that a CPU is, but for SFT (two): two share the work between products, one reads the weights once."""
     conversations: int = 64
     """Of one update (sft)."""
     row_tokens: int = 512
