@@ -157,6 +157,35 @@ def test_a_refused_version_is_repaired_and_loaded_and_the_server_is_never_left_p
     )
 
 
+@pytest.mark.parametrize("hangs_up", [True, False])
+def test_a_server_taken_down_while_its_weights_change_harms_no_other_and_comes_back_with_them(attach, hangs_up):
+    server, whole = FakeServer(), FakeServer()
+    engine = attach(server, whole)
+    engine.load(1)
+    ready(engine, 2)
+    inner, left = server.reply, [1]
+
+    def reply(path, key, body):
+        if path == "/collective_rpc" and left:
+            left.pop()
+            engine._loop.call_soon_threadsafe(engine._members[0].failed.set)  # as a request that failed meanwhile does
+            time.sleep(0.5)
+            if hangs_up:
+                return 0, {}
+        return inner(path, key, body)
+
+    server.reply = reply
+    engine.load(2)
+    assert {v for g in ask(engine) for c in g for v in c.versions} == {2}
+    start = time.monotonic()
+    while engine.report()["fleet"]["restarts"] < 1:
+        assert time.monotonic() - start < 10, engine.notes
+        time.sleep(0.02)
+    ready(engine, 2)
+    assert server.served[-1] == whole.served[-1]
+    assert [m.failed.is_set() for m in engine._members] == [False, False]
+
+
 def test_a_server_that_lost_its_weights_gets_them_again(attach):
     server = FakeServer()
     engine = attach(server)

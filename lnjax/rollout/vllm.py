@@ -250,12 +250,13 @@ class VllmEngine:
         member.ready.clear()
         for task in list(member.requests):
             task.cancel()
-        if member.client:
-            await member.client.close()
-            member.client = None
         if member.process:
             process, member.process = member.process, None
             await asyncio.to_thread(process.stop)
+        async with member.swapping:  # a change under way hears that its server is gone, or meets its deadline
+            if member.client:
+                await member.client.close()
+                member.client = None
 
     async def _end_all(self) -> None:
         for watcher in self._watchers:
@@ -310,8 +311,7 @@ class VllmEngine:
         """Servers to send to. Waits for a start; raises when there is nothing to wait for."""
         start = time.monotonic()
         while True:
-            ready = [m for m in self._members if m.ready.is_set()]
-            if ready:
+            if ready := [m for m in self._members if m.ready.is_set()]:
                 return ready
             for watcher in self._watchers:
                 failure = watcher.exception() if watcher.done() and not watcher.cancelled() else None
