@@ -148,18 +148,18 @@ def build_model(c: RunConfig, *, spec: ModelSpec, mesh: Mesh) -> Model:
     for name, stage in stages_of(c):
         rows = (stage.pack.microbatch_rows, stage.pack.row_tokens)
         check_divisible(mesh, name=f"{name}.pack", shape=rows, logical=("batch", "positions"))
-        if c.ops.attention == "cudnn":
-            _check_cudnn_rows(name, stage.pack)
+        if c.ops.attention != "xla":
+            _check_documents(name, stage.pack, kernel=f"ops.attention={c.ops.attention}")
     return model
 
 
-def _check_cudnn_rows(stage: str, c: PackConfig) -> None:
+def _check_documents(stage: str, c: PackConfig, *, kernel: str) -> None:
     if stage != "sft" and (stage != "grpo" or c.share_prompts):
         way = "use --grpo.pack.share-prompts false" if stage == "grpo" else "use --ops.attention xla"
-        raise ConfigError(f"ops.attention=cudnn knows no shared prompts, which the rows of {stage} have; {way}")
+        raise ConfigError(f"{kernel} knows no shared prompts, which the rows of {stage} have; {way}")
     if c.max_segments > MAX_DOCUMENTS:
         raise ConfigError(
-            f"ops.attention=cudnn takes {MAX_DOCUMENTS} sequences a row; use --{stage}.pack.max-segments {MAX_DOCUMENTS}"
+            f"{kernel} takes {MAX_DOCUMENTS} sequences a row; use --{stage}.pack.max-segments {MAX_DOCUMENTS}"
         )
 
 

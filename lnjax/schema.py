@@ -71,12 +71,12 @@ class MeshConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpsConfig:
-    matmul: Literal["xla", "fp8"] = "xla"
+    matmul: Literal["xla", "fp8", "te"] = "xla"
     """Products of the blocks: in compute_dtype, or with both operands in FP8 (current scaling, forward and backward; GPUs
-    of compute capability 8.9 and later). Embedding and head stay in compute_dtype."""
-    attention: Literal["xla", "cudnn"] = "xla"
+    of compute capability 8.9 and later) by XLA or by Transformer Engine. Embedding and head stay in compute_dtype."""
+    attention: Literal["xla", "cudnn", "te"] = "xla"
     """Blocks of queries against blocks of keys, causal inside a segment; or cuDNN's kernel over packed rows (Hopper and later,
-    bfloat16), which knows no shared prompts (pack.share_prompts) and no mesh.context."""
+    bfloat16), which knows no shared prompts (pack.share_prompts) and no mesh.context, by JAX or by Transformer Engine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Low-rank adapters: what they compute, what they train, what is kept of them, and where the whole weights come back."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from lnjax.errors import CheckpointError, ConfigError
 from lnjax.fit import state_bytes
 from lnjax.mesh import put_rows
 from lnjax.models.lora import check_lora
-from lnjax.ops.matmul import matmul_fp8
+from lnjax.ops.matmul import matmul_fp8, matmul_sharded
 from lnjax.schema import LoraConfig, MeshConfig
 from tests.specs import llama, nemotron
 from tests.test_learn import rows, split
@@ -164,7 +165,8 @@ def test_a_bfloat16_base_gives_what_a_float32_base_gives_under_bfloat16_compute(
 
 def test_fp8_products_are_of_the_base_alone(make_model):
     plain = make_model(llama(), dtype="bfloat16")
-    ops = dataclasses.replace(plain.compute.ops, matmul=matmul_fp8)
+    fp8 = functools.partial(matmul_sharded, kernel=matmul_fp8, mesh=plain.compute.ops.mesh)
+    ops = dataclasses.replace(plain.compute.ops, matmul=fp8)
     model = adapted(dataclasses.replace(plain, compute=dataclasses.replace(plain.compute, ops=ops)))
     batch = put_rows(model.compute.ops.mesh, split(rows(llama(), 16), 16))
     params = base(model, dtype=jnp.dtype("bfloat16"))

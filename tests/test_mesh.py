@@ -10,6 +10,7 @@ from lnjax.learn.loss import sft_loss
 from lnjax.mesh import make_mesh
 from lnjax.ops.attention import attention_sharded, attention_xla
 from lnjax.ops.head import head_xla
+from lnjax.ops.matmul import matmul_sharded, matmul_xla
 from lnjax.schema import MeshConfig
 from lnjax.types import PackedBatch
 from tests.specs import llama
@@ -52,6 +53,26 @@ def test_attention_over_context_shards_and_its_gradient_equal_one_device():
     close(out, reference)
     for a, b in zip(grads, wanted, strict=True):
         close(a, b, 2e-5)
+
+
+@pytest.mark.parametrize("logical", [("embed", "heads"), ("heads", "embed")])
+@pytest.mark.parametrize("length", [12, 6])
+def test_a_product_by_device_and_its_gradients_equal_one_device_s(logical, length):
+    """12 positions divide over context and tensor, 6 over context alone."""
+    mesh = make_mesh(MeshConfig(fsdp=2, context=2, tensor=2))
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (2, length, 32), (32, 32), (2, length, 32)
+    x, w, g = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
+
+    def run(product):
+        out, back = jax.vjp(product, x, w)
+        return out, *back(g)
+
+    def sharded(x, w):
+        return matmul_sharded(x, w, logical, kernel=matmul_xla, mesh=mesh)
+
+    for ours, theirs in zip(jax.jit(lambda: run(sharded))(), run(matmul_xla), strict=True):
+        close(ours, theirs)
 
 
 def gradient(model, batch):

@@ -1,5 +1,9 @@
 """Kernels against plain references."""
 
+import importlib.util
+import types
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +11,14 @@ import pytest
 
 from lnjax.errors import ConfigError, KernelUnavailable
 from lnjax.mesh import make_mesh
+from lnjax.ops import te
 from lnjax.ops.attention import _mask, _needed, attention_xla
 from lnjax.ops.cudnn import MAX_DOCUMENTS, attention_cudnn, documents
 from lnjax.ops.head import head_xla
 from lnjax.ops.matmul import count_fp8, matmul_fp8, matmul_xla
 from lnjax.ops.sample import sample
 from lnjax.ops.select import select_ops
+from lnjax.ops.te import matmul_te
 from lnjax.schema import MeshConfig, OpsConfig
 from lnjax.types import BRANCH, SamplingParams
 
@@ -253,7 +259,7 @@ def test_a_dim_that_cublas_does_not_take_in_fp8_is_named():
         matmul_fp8(jnp.zeros((16, 16)), jnp.zeros((16, 24)))
 
 
-@pytest.mark.parametrize("changes", [{"matmul": "fp8"}, {"attention": "cudnn"}])
+@pytest.mark.parametrize("changes", [{"matmul": "fp8"}, {"attention": "cudnn"}, {"matmul": "te"}, {"attention": "te"}])
 def test_a_gpu_s_kernel_without_a_gpu_says_so(changes):
     with pytest.raises(KernelUnavailable, match="needs NVIDIA GPUs, the mesh is of cpu devices"):
         select_ops(OpsConfig(**changes), mesh=make_mesh(MeshConfig()))
@@ -295,3 +301,37 @@ def test_what_cudnn_does_not_take_is_named(dtype, head_dim, keys, message):
     q, k = jnp.zeros((1, 32, 2, head_dim), dtype), jnp.zeros((1, keys, 2, head_dim), dtype)
     with pytest.raises(KernelUnavailable, match=message):
         attention_cudnn(q, k, k, jnp.ones((1, 32), jnp.int32), jnp.ones((1, keys), jnp.int32), jnp.int32(0))
+
+
+def test_transformer_engine_that_is_not_there_is_named_with_the_way_on():
+    assert importlib.util.find_spec("transformer_engine") is None
+    with pytest.raises(KernelUnavailable, match=r"Transformer Engine cannot be imported .*--ops.matmul fp8"):
+        matmul_te(jnp.zeros((16, 16)), jnp.zeros((16, 16)))
+
+
+def test_transformer_engine_is_told_each_document_once_across_rows_that_end_in_padding(monkeypatch):
+    """Its fused_attn, as it documents lengths and offsets: valid ones are moved to the front, then pair up."""
+
+    def fused_attn(qkv, bias, described, seed, *, scaling_factor, max_segments_per_seq, **kinds):
+        lengths, offsets = (np.asarray(x)[0] for x in described)
+        lengths, offsets = lengths[lengths > 0], offsets[offsets >= 0]
+        assert max_segments_per_seq >= len(lengths) == len(offsets) and bias is seed is None
+        q, k, v = (np.asarray(x, np.float32)[0] for x in qkv)
+        out = np.full(q.shape, np.nan, np.float32)  # what it leaves in padding is not defined
+        for at, n in zip(offsets, lengths, strict=True):
+            ones = jnp.ones((1, n), jnp.int32)
+            own = [jnp.asarray(x[None, at : at + n], jnp.float32) for x in (q, k, v)]
+            out[at : at + n] = attention_xla(*own, ones, ones, jnp.int32(0))[0] * scaling_factor * q.shape[-1] ** 0.5
+        return jnp.asarray(out[None], qkv[0].dtype)
+
+    kinds = dict.fromkeys(("AttnBiasType", "AttnMaskType", "QKVLayout", "AttnSoftmaxType"), mock.MagicMock())
+    describe = types.SimpleNamespace(from_seqlens_and_offsets=lambda lengths, offsets: (lengths, offsets))
+    guest = types.SimpleNamespace(fused_attn=fused_attn, SequenceDescriptor=describe, **kinds)
+    monkeypatch.setattr(te, "_guest", lambda: types.SimpleNamespace(attention=guest))
+    rows = [[1] * 5 + [2] * 3 + [0] * 4, [1] * 2 + [2] * 9 + [0], [0] * 12, [1] * 12]
+    segments = jnp.array(rows, jnp.int32)
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (4, 12, n, 8), jnp.bfloat16) for key, n in zip(keys, (4, 2, 2), strict=True))
+    ours = te.attention_te(q, k, v, segments, segments, jnp.int32(0))
+    expected = attention_xla(q, k, v, segments, segments, jnp.int32(0))
+    np.testing.assert_allclose(np.asarray(ours, np.float32), np.asarray(expected, np.float32), atol=0.02)

@@ -231,13 +231,17 @@ def test_eight_billion_parameters_compile_for_eight_h100s(cuda, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_h100_s_own_kernels_are_in_the_compiled_step_and_take_less_memory(cuda, tmp_path):
-    plan = cuda(tmp_path, "--ops.matmul", "fp8", "--ops.attention", "cudnn")
+    mesh = "--mesh.fsdp", "4", "--mesh.tensor", "2"
+    plan = cuda(tmp_path, "--ops.matmul", "fp8", "--ops.attention", "cudnn", *mesh)
     [gradient, _] = plan["programs"]
     # q, k, v, o, gate, up, down: forward, again in the backward pass, and two gradients each; nothing depends on the last
-    # product of the recomputed forward pass.
-    assert gradient["fp8_products"] == 7 * 4 - 1
+    # product of the recomputed forward pass. XLA makes one product of k and v, forward and again, and one of all three weight
+    # gradients.
+    assert gradient["fp8_products"] == 7 * 4 - 1 - 4
     assert gradient["cudnn_attention"] == 3  # forward, again, backward
     assert plan["fits"]
+    # Partial sums and gradients travel in bfloat16, each device gets its part: nothing large is reduced whole.
+    assert max(r["bytes"] for r in gradient["collectives"] if r["kind"] == "all-reduce") < 2**20
 
 
 def test_a_program_that_moves_too_much_stops_the_plan():

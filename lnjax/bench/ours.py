@@ -343,7 +343,10 @@ def kernels(w: Work) -> Side:
         return ops.head(x, table, ids[:rows], temperature=1.0, wanted_BT=None).logprobs_BT.mean()
 
     runs = {
-        "matmul": (jax.jit(ops.matmul), (x.reshape(-1, spec.d_model), params["runs"]["0"]["ffn"]["gate"][0])),
+        "matmul": (
+            jax.jit(lambda x, w: ops.matmul(x, w, ("embed", "ffn"))),
+            (x, params["runs"]["0"]["ffn"]["gate"][0]),
+        ),
         "attention": (jax.jit(lambda q, k, v: ops.attention(q, k, v, ones)), (q, k, v)),
         "attention both": (
             jax.jit(jax.grad(lambda q, k, v: ops.attention(q, k, v, ones).astype(jnp.float32).sum(), (0, 1, 2))),

@@ -78,7 +78,7 @@ class Kernels(nnx.Module):
 
     def project(self, x: Array, name: str, c: Compute) -> Array:
         """Through the kernel of one layer, and through its adapter (W x + s B A x, arXiv 2106.09685) where it has one."""
-        y = c.ops.matmul(x, self.use(name, c))
+        y = c.ops.matmul(x, self.use(name, c), getattr(self, name).get_metadata()["logical"][1:])
         if not hasattr(self, f"{name}_a"):
             return y
         a, b = self.use(f"{name}_a", c), self.use(f"{name}_b", c)
@@ -90,11 +90,9 @@ class Kernels(nnx.Module):
         return _place(x, c, between_blocks=False)
 
     def leave(self, y_BTD: Array, c: Compute) -> Array:
-        """A branch's result, summed over tensor and split over positions again.
-
-        Like `enter` it pins the layout on both sides, so that the backward pass gathers activations and never kernels.
-        """
-        return _place(_place(y_BTD, c, between_blocks=False), c, between_blocks=True)
+        """A branch's result, split over positions again. Like `enter` it pins the layout, so that the backward pass gathers
+        activations and never kernels."""
+        return _place(y_BTD, c, between_blocks=True)
 
 
 class Attention(Kernels):
@@ -392,6 +390,6 @@ def _remat(layer: Callable, policy: str, *, length: int) -> Callable:
 
 
 def _keep_dots(primitive: Any, *args: Any, **params: Any) -> Any:
-    """Matmul outputs, and what cuDNN's attention leaves for its backward pass."""
+    """Matmul outputs, and what cuDNN's attention leaves for its backward pass, Transformer Engine's too."""
     kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
-    return kept or primitive.name.startswith("dot_product_attention_fwd")
+    return kept or primitive.name.startswith(("dot_product_attention_fwd", "te_gemm", "te_fused_attn_forward"))

@@ -5,6 +5,7 @@ Legend as in attention.py; M documents of a row.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,45 +38,47 @@ def documents(segments_BT: Array) -> tuple[Array, Array, Array]:
     return jnp.where(lengths > 0, lengths, -1), jnp.where(there, starts, -1), said
 
 
-def attention_cudnn(
-    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, q_segments_BT: Array, k_segments_BS: Array, start: Array
+def by_documents(
+    kernel: Callable[..., Any], q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segments_BT: Array, *, option: str
 ) -> Array:
-    """As attention_xla, in bfloat16 or float16. A row that `documents` cannot describe is all NaN, never silently wrong.
+    """As attention_xla, in bfloat16 or float16, by `kernel(q, k, v, lengths, starts)`. A row that `documents` cannot describe is
+    all NaN, never silently wrong.
 
     Raises KernelUnavailable for a head dim or dtype that cuDNN does not take, and for a row split over devices.
     """
-    from jax._src.cudnn import fused_attention_stablehlo as fused  # noqa: PLC0415 - private: the public door takes no offsets
-
-    head_dim = q_BTNH.shape[-1]
+    head_dim, name = q_BTNH.shape[-1], f"ops.attention={option}"
     if head_dim % HEAD_MULTIPLE or head_dim > HEAD_MAX:
-        raise KernelUnavailable(
-            f"ops.attention=cudnn: head_dim {head_dim} is no multiple of {HEAD_MULTIPLE} up to {HEAD_MAX}"
-        )
+        raise KernelUnavailable(f"{name}: head_dim {head_dim} is no multiple of {HEAD_MULTIPLE} up to {HEAD_MAX}")
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
-        raise KernelUnavailable(f"ops.attention=cudnn: {q_BTNH.dtype} activations; use --model.compute-dtype bfloat16")
+        raise KernelUnavailable(f"{name}: {q_BTNH.dtype} activations; use --model.compute-dtype bfloat16")
     if q_BTNH.shape[1] != k_BSKH.shape[1]:
-        raise KernelUnavailable("ops.attention=cudnn: mesh.context splits rows; use --ops.attention xla")
-    lengths, starts, said = documents(q_segments_BT)
-    real = (q_segments_BT > 0)[:, :, None, None]
+        raise KernelUnavailable(f"{name}: mesh.context splits rows; use --ops.attention xla")
+    lengths, starts, said = documents(segments_BT)
+    real = (segments_BT > 0)[:, :, None, None]
     # What the kernel leaves in padding's gradients is not defined: the selection keeps it out.
     q, k, v = (jnp.where(real, x, jnp.zeros((), x.dtype)) for x in (q_BTNH, k_BSKH, v_BSKH))
-    out: Any = fused.dot_product_attention(
-        q,
-        k,
-        v,
-        q_seqlen=lengths,
-        kv_seqlen=lengths,
-        q_offsets=starts,
-        kv_offsets=starts,
-        scale=head_dim**-0.5,
-        mask_type=fused.MaskType.PADDING_CAUSAL,
-        qkv_layout="BTNH",
-    )
+    out = kernel(q, k, v, lengths, starts)
     out = jnp.where(real, out, jnp.zeros((), out.dtype))
     return jnp.where(said[:, None, None, None], out, jnp.full((), jnp.nan, out.dtype))
 
 
-def check_cudnn() -> None:
+def attention_cudnn(
+    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, q_segments_BT: Array, k_segments_BS: Array, start: Array
+) -> Array:
+    """As `by_documents` says, by the kernel that JAX has."""
+    return by_documents(_fused, q_BTNH, k_BSKH, v_BSKH, q_segments_BT, option="cudnn")
+
+
+def _fused(q: Array, k: Array, v: Array, lengths: Array, starts: Array) -> Any:
+    from jax._src.cudnn import fused_attention_stablehlo as fused  # noqa: PLC0415 - private: the public door takes no offsets
+
+    said = {"q_seqlen": lengths, "kv_seqlen": lengths, "q_offsets": starts, "kv_offsets": starts, "qkv_layout": "BTNH"}
+    return fused.dot_product_attention(
+        q, k, v, scale=q.shape[-1] ** -0.5, mask_type=fused.MaskType.PADDING_CAUSAL, **said
+    )
+
+
+def check_packed(option: str, kernel: Callable[..., Array]) -> None:
     """A small packed case on this machine's GPU, forward and backward, against attention_xla. Raises KernelUnavailable."""
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = [(2, 256, heads, 64) for heads in (4, 2, 2, 4)]
@@ -87,14 +90,14 @@ def check_cudnn() -> None:
         return out, *back(g)
 
     try:
-        ours, theirs = (jax.jit(functools.partial(both, f))(q, k, v, g) for f in (attention_cudnn, attention_xla))
-    except (RuntimeError, NotImplementedError) as error:
-        raise KernelUnavailable(f"ops.attention=cudnn: {error}; use --ops.attention xla") from error
+        ours, theirs = (jax.jit(functools.partial(both, f))(q, k, v, g) for f in (kernel, attention_xla))
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        raise KernelUnavailable(f"ops.attention={option}: {error}; use --ops.attention xla") from error
     errors = [float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in zip(ours, theirs, strict=True)]
     if not max(errors) < ERROR:
         raise KernelUnavailable(
-            f"ops.attention=cudnn: relative errors {errors} of output and gradients on packed rows, expected below {ERROR}; use "
-            "--ops.attention xla"
+            f"ops.attention={option}: relative errors {errors} of output and gradients on packed rows, expected below {ERROR}; "
+            "use --ops.attention xla"
         )
 
 

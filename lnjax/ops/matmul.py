@@ -5,14 +5,18 @@ Legend: M tokens, D in, F out.
 
 import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
 from lnjax.errors import KernelUnavailable
+from lnjax.mesh import axes_of, by_device, partition, positions_axis, psum
 
+Logical = tuple[str | None, str | None]
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 FP8_MULTIPLE = 16
 """cuBLASLt's FP8 products take dims of whole multiples of this."""
@@ -73,15 +77,37 @@ def _fp8_bwd(residuals, g_MF: Array):
 _fp8.defvjp(_fp8_fwd, _fp8_bwd)
 
 
-def matmul_fp8(x: Array, w: Array) -> Array:
-    """Both operands in FP8 with one current scale each: e4m3 forward, e5m2 for gradients (arXiv 2209.05433); all three
-    products of the pass. Raises ValueError where a dim is no multiple of 16."""
+def fp8_rows(x: Array, w: Array, *, option: str) -> Array:
+    """x [..., D] as a matrix. Raises ValueError where a dim of its product with w is no multiple of 16."""
     rows = x.size // x.shape[-1]
     for name, size in (("tokens", rows), ("in", w.shape[0]), ("out", w.shape[1])):
         if size % FP8_MULTIPLE:
-            raise ValueError(f"ops.matmul=fp8: {name} dim {size} of [{rows}, {w.shape[0]}] @ [{w.shape[0]}, {w.shape[1]}] "
+            raise ValueError(f"ops.matmul={option}: {name} dim {size} of [{rows}, {w.shape[0]}] @ [{w.shape[0]}, {w.shape[1]}] "
                              f"is no multiple of {FP8_MULTIPLE}; use --ops.matmul xla")  # fmt: skip
-    return _fp8(x.reshape(rows, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[1])
+    return x.reshape(rows, x.shape[-1])
+
+
+def matmul_fp8(x: Array, w: Array) -> Array:
+    """Both operands in FP8 with one current scale each: e4m3 forward, e5m2 for gradients (arXiv 2209.05433); all three
+    products of the pass. Raises ValueError where a dim is no multiple of 16."""
+    return _fp8(fp8_rows(x, w, option="fp8"), w).reshape(*x.shape[:-1], w.shape[1])
+
+
+def matmul_sharded(x: Array, w: Array, logical: Logical, *, kernel: Callable[..., Array], mesh: Mesh) -> Array:
+    """x [B, T, D] @ w [D, F] by `kernel` on every device: its tokens, its part of w, whose dims have these logical axes. Partial
+    sums meet at the end and leave split over positions, as the residual stream is, where these divide."""
+    before, (into, out) = positions_axis(mesh, num_tokens=x.shape[1]), (a if a != "embed" else None for a in logical)
+    summed = tuple(a for a in axes_of(into) if mesh.shape[a] > 1)
+    after = positions_axis(mesh, num_tokens=x.shape[1], between_blocks=bool(summed))
+
+    def local(x, w):
+        y = kernel(x, w)
+        if summed and after == "residual":
+            return jax.lax.psum_scatter(y, summed, scatter_dimension=1, tiled=True)
+        return psum(y, summed, mesh)
+
+    specs = partition("batch", before, into), partition(into, out)
+    return by_device(local, mesh=mesh, in_specs=specs, out_specs=partition("batch", after, out))(x, w)
 
 
 def count_fp8(program: str) -> int:
@@ -92,7 +118,7 @@ def count_fp8(program: str) -> int:
     return sum(a in narrow and b in narrow for a, b in dots) + program.count(f'"{CUBLAS_FP8}"')
 
 
-def check_fp8() -> None:
+def check_products(option: str, matmul: Callable[..., Array], count: Callable[[str], int]) -> None:
     """Compile and run one small pass on this machine's GPU. Raises KernelUnavailable where it has no FP8 products, or wrong
     ones."""
     keys = jax.random.split(jax.random.key(0), 3)
@@ -102,17 +128,17 @@ def check_fp8() -> None:
         out, back = jax.vjp(matmul, x, w)
         return out, *back(g)
 
-    program = jax.jit(functools.partial(both, matmul_fp8)).lower(x, w, g).compile()
-    found = count_fp8(program.as_text() or "")
+    program = jax.jit(functools.partial(both, matmul)).lower(x, w, g).compile()
+    found = count(program.as_text() or "")
     if found != 3:
         raise KernelUnavailable(
-            f"ops.matmul=fp8: XLA compiled {found} of 3 products as FP8 for {jax.devices()[0].device_kind}, which needs compute "
+            f"ops.matmul={option}: {found} of 3 products are FP8 on {jax.devices()[0].device_kind}, which needs compute "
             "capability 8.9 or later; use --ops.matmul xla"
         )
     pairs = zip(program(x, w, g), both(matmul_xla, x, w, g), strict=True)
     errors = [float(jnp.linalg.norm(ours - theirs) / jnp.linalg.norm(theirs)) for ours, theirs in pairs]
     if not max(errors) < FP8_ERROR:
         raise KernelUnavailable(
-            f"ops.matmul=fp8: relative errors {errors} of forward and backward products, expected below {FP8_ERROR}; use "
+            f"ops.matmul={option}: relative errors {errors} of forward and backward products, expected below {FP8_ERROR}; use "
             "--ops.matmul xla"
         )

@@ -10,16 +10,17 @@ from jax.sharding import Mesh
 from lnjax.errors import KernelUnavailable
 from lnjax.mesh import platform
 from lnjax.ops.attention import attention_sharded, attention_xla
-from lnjax.ops.cudnn import attention_cudnn, check_cudnn
+from lnjax.ops.cudnn import attention_cudnn, check_packed
 from lnjax.ops.head import HeadOutput, head_xla
-from lnjax.ops.matmul import check_fp8, matmul_fp8, matmul_xla
+from lnjax.ops.matmul import Logical, check_products, count_fp8, matmul_fp8, matmul_sharded, matmul_xla
+from lnjax.ops.te import attention_te, count_te, matmul_te
 from lnjax.schema import OpsConfig
 
 
 class Matmul(Protocol):
-    """x [..., D] @ w [D, F] -> [..., F] in x's dtype. Pure."""
+    """x [B, T, D] @ w [D, F] -> [B, T, F] in x's dtype; `logical`: axes of w. Pure."""
 
-    def __call__(self, x: Array, w: Array) -> Array: ...
+    def __call__(self, x: Array, w: Array, logical: Logical) -> Array: ...
 
 
 class Attention(Protocol):
@@ -46,9 +47,11 @@ class Ops:
 
 def select_ops(c: OpsConfig, *, mesh: Mesh) -> Ops:
     """Raises KernelUnavailable for a name that cannot run here."""
-    matmuls = {"xla": matmul_xla, "fp8": matmul_fp8}
     where = platform(mesh)
-    kernels = {"xla": functools.partial(attention_xla, serial=where == "cpu"), "cudnn": attention_cudnn}
+    products = {"xla": matmul_xla, "fp8": matmul_fp8, "te": matmul_te}
+    matmuls = {name: functools.partial(matmul_sharded, kernel=f, mesh=mesh) for name, f in products.items()}
+    serial = functools.partial(attention_xla, serial=where == "cpu")
+    kernels = {"xla": serial, "cudnn": attention_cudnn, "te": attention_te}
     attentions = {name: functools.partial(attention_sharded, kernel=f, mesh=mesh) for name, f in kernels.items()}
     for kind, name, known in (("matmul", c.matmul, matmuls), ("attention", c.attention, attentions)):
         if name not in known:
@@ -63,7 +66,9 @@ def select_ops(c: OpsConfig, *, mesh: Mesh) -> Ops:
 
 def check_ops(c: OpsConfig) -> None:
     """Try on this machine's own devices what may look right and be something else. Raises KernelUnavailable."""
-    if c.matmul == "fp8":
-        check_fp8()
-    if c.attention == "cudnn":
-        check_cudnn()
+    products = {"fp8": (matmul_fp8, count_fp8), "te": (matmul_te, count_te)}
+    if c.matmul in products:
+        check_products(c.matmul, *products[c.matmul])
+    packed = {"cudnn": attention_cudnn, "te": attention_te}
+    if c.attention in packed:
+        check_packed(c.attention, packed[c.attention])

@@ -68,7 +68,7 @@ def pass_terms(
     exchanged = residual * parts(spec) * (2 + (2 * again + 3) * backward)
     inside = layout.learner_gpus <= hw.gpus_per_node
     return {
-        "compute": (matmul - head) / (hw.fp8_flops if c.ops.matmul == "fp8" else hw.bf16_flops)
+        "compute": (matmul - head) / (hw.bf16_flops if c.ops.matmul == "xla" else hw.fp8_flops)
         + head / hw.bf16_flops
         + attention / hw.attention_flops,
         "hbm": (streamed + traffic) / hw.hbm,

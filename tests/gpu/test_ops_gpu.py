@@ -7,9 +7,10 @@ import pytest
 
 from lnjax.mesh import make_mesh
 from lnjax.ops.attention import attention_xla
-from lnjax.ops.cudnn import attention_cudnn, check_cudnn
+from lnjax.ops.cudnn import attention_cudnn, check_packed
 from lnjax.ops.head import head_xla
-from lnjax.ops.matmul import check_fp8
+from lnjax.ops.matmul import check_products, count_fp8, matmul_fp8
+from lnjax.ops.te import attention_te, count_te, matmul_te
 from lnjax.schema import MeshConfig
 from lnjax.types import BRANCH
 
@@ -24,26 +25,38 @@ def cuda():
         )
 
 
+@pytest.fixture
+def transformer_engine():
+    pytest.importorskip("transformer_engine", reason="Transformer Engine is not installed (BUILD.md)")
+
+
 def error(ours, theirs):
     ours, theirs = (np.asarray(x, np.float64) for x in (ours, theirs))
     return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
 
 
 def test_fp8_products_are_fp8_and_near():
-    check_fp8()
+    check_products("fp8", matmul_fp8, count_fp8)
+
+
+def test_transformer_engine_passes_the_same_checks(transformer_engine):
+    check_products("te", matmul_te, count_te)
+    check_packed("te", attention_te)
 
 
 def test_cudnn_passes_its_own_check_and_marks_a_row_it_cannot_be_told_of():
-    check_cudnn()
+    check_packed("cudnn", attention_cudnn)
     x = jnp.ones((1, 128, 2, 64), jnp.bfloat16)
     branches = jnp.where(jnp.arange(128) < 64, 1, 1 + BRANCH)[None]
     assert jnp.isnan(attention_cudnn(x, x, x, branches, branches, jnp.int32(0))).all()
 
 
-@pytest.mark.parametrize("kernel", [attention_xla, attention_cudnn])
+@pytest.mark.parametrize("kernel", [attention_xla, attention_cudnn, attention_te])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("length", [512, 3000])
-def test_packed_grouped_query_attention_in_bfloat16_and_its_gradient(kernel, head_dim, length):
+def test_packed_grouped_query_attention_in_bfloat16_and_its_gradient(kernel, head_dim, length, request):
+    if kernel is attention_te:
+        request.getfixturevalue("transformer_engine")
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = ((2, length, 8, head_dim), (2, length, 2, head_dim), (2, length, 2, head_dim), (2, length, 8, head_dim))
     q, k, v, g = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
