@@ -196,5 +196,5 @@ def test_the_product_can_be_read_in_an_afternoon():
     assert code_lines('"""What."""\n\nx = 1  # why\n# because\ndef f():\n    """How."""\n    return x\n') == 3
     bench = set((PACKAGE / "bench").rglob("*.py"))
     files = [p for p in (*sources(), *PLUGIN.rglob("*.py")) if p not in bench]
-    for budget, paths in ((11_620, files), (950, bench)):
+    for budget, paths in ((11_630, files), (950, bench)):
         assert sum(code_lines(p.read_text(encoding="utf-8")) for p in paths) <= budget

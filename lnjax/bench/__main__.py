@@ -148,13 +148,12 @@ def timed(run: Callable[[int], Any], k: int) -> float:
     return time.perf_counter() - start
 
 
-def gemm_flops(dtype: str) -> float:
-    """FLOP/s of one large product by XLA, in this process."""
+def gemm_probe(dtype: str) -> Callable[[], float]:
+    """() -> FLOP/s of one large product by XLA, in this process, now."""
     size = MATMUL[jax.default_backend()]
-    x = jax.numpy.ones((size, size), dtype)
-    run = jax.jit(lambda x: x @ x)
+    x, run = jax.numpy.ones((size, size), dtype), jax.jit(lambda x: x @ x)
     run(x).block_until_ready()
-    return 2 * size**3 / statistics.median(timed(lambda _: run(x), 0) for _ in range(PROBE_REPEATS))
+    return lambda: 2 * size**3 / statistics.median(timed(lambda _: run(x), 0) for _ in range(PROBE_REPEATS))
 
 
 def compare(
@@ -162,20 +161,24 @@ def compare(
 ) -> list[dict[str, Any]]:
     """One row for each item and arm (one without an arm, where there is none), medians over paired rounds."""
     off = {a.name: difference(side.first, a.first, dtype=w.shape.dtype, arm=a.name) for a in arms}
-    rate, rows = gemm_flops(w.shape.dtype), []
+    probe, rows = gemm_probe(w.shape.dtype), []
     for item, run in side.items.items():
         compile_s = {"ours": timed(run, 0), **{a.name: a.seconds(item, 0)[0] for a in arms}}
         taken: dict[str, list[float]] = {key: [] for key in compile_s}
         peaks: dict[str, int] = {}
+        rates = []
         for k in range(1, rounds + 1):
             taken["ours"].append(timed(run, k))
+            rates.append(probe())  # a machine's speed changes from minute to minute
             for a in arms:
                 seconds, peaks[a.name] = a.seconds(item, k)
                 taken[a.name].append(seconds)
             console.print(f"{case} {name} {item}: round {k} of {rounds}, " + ", ".join(
                 f"{key} {values[-1]:.3g} s" for key, values in taken.items()), highlight=False)  # fmt: skip
         middle = {key: statistics.median(values) for key, values in taken.items()}
-        flops = side.flops.get(item, 0.0) / middle["ours"]
+        work = side.flops.get(item, [0.0])
+        done = [work[k % len(work)] / t for k, t in enumerate(taken["ours"], 1)]
+        flops = statistics.median(done)
         peak = next((x for kind, x in PEAK_FLOPS.items() if jax.devices()[0].device_kind.startswith(kind)), None)
         common = {
             "case": case,
@@ -189,7 +192,7 @@ def compare(
             "ours_first_s": compile_s["ours"],
             "ours_tokens_per_s": side.tokens.get(item, 0.0) / middle["ours"],
             "ours_flops": flops,
-            "of_gemm": flops / rate,
+            "of_gemm": statistics.median(d / r for d, r in zip(done, rates, strict=True)),
             "mfu": flops / peak if peak else None,
             "ours_peak_bytes": peak_memory_bytes(),
         }

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,8 @@ class Side:
     """item(k) does step k and returns arrays to wait for."""
     tokens: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Real tokens of one step."""
-    flops: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """Of one step, by the project's convention."""
+    flops: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
+    """Of the steps in turn, by the project's convention."""
     close: Callable[[], None] = lambda: None
 
 
@@ -141,7 +141,7 @@ def train(w: Work) -> Side:
 
     first = {name: float(x) for name, x in update(0).items() if name in ("loss", "grad_norm")}
     count = len(batches)
-    return Side(first, {"step": update}, {"step": sum(tokens) / count}, {"step": sum(flops) / count})
+    return Side(first, {"step": update}, {"step": sum(tokens) / count}, {"step": flops})
 
 
 def logprob(w: Work) -> Side:
@@ -160,7 +160,7 @@ def logprob(w: Work) -> Side:
     tokens = rows.tokens_BT.size
     flops = tokens * flops_per_token(s.spec, context=s.row_tokens) / 3
     mean = float(np.mean([np.asarray(x).mean() for x in score(0)]))
-    return Side({"loss": -mean}, {"pass": score}, {"pass": tokens}, {"pass": flops})
+    return Side({"loss": -mean}, {"pass": score}, {"pass": tokens}, {"pass": [flops]})
 
 
 def _engine(w: Work, model: Model, *, slots: int) -> EmbeddedEngine:
@@ -365,7 +365,7 @@ def kernels(w: Work) -> Side:
         "layer both": tokens * (flops_per_token(spec, context=s.row_tokens) - 6 * spec.vocab_size * spec.d_model),
     }
     items = {name: functools.partial(lambda f, a, k: f(*a), f, a) for name, (f, a) in runs.items()}
-    return Side({}, items, dict.fromkeys(items, tokens), flops)
+    return Side({}, items, dict.fromkeys(items, tokens), {name: [x] for name, x in flops.items()})
 
 
 def _one_layer(model: Model, runs: Any, x: Any, segments: Any) -> Any:

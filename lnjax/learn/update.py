@@ -18,8 +18,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lnjax.learn.loss import LossSum, add_metrics, mean_metrics
 from lnjax.learn.optimizer import adamw, clip_scale, guard_update, init_adam, init_guard, learning_rate
+from lnjax.mesh import platform
 from lnjax.schema import OptimizerConfig
-from lnjax.types import TrainState
+from lnjax.types import PackedBatch, TrainState
 
 LossFn = Callable[[Any, Any], LossSum]
 View = Callable[[Any], Any]
@@ -153,12 +154,17 @@ def _gradient(loss_fn: LossFn, params: Any, frozen: Any, batch: Any) -> tuple[An
 
 def by_replica(gradient: Callable[..., Any], *, mesh: Mesh) -> Callable[..., Any]:
     """`gradient(params, frozen, batch)` of every replica (mesh axis `data`) over its own rows, along a new first dim: replicas
-    meet once an update instead of once a microbatch. A single replica has no such dim."""
+    meet once an update instead of once a microbatch. A single replica has no such dim. On CPUs, whose cores
+    replicas share, one whose rows are all padding computes nothing."""
     if mesh.shape["data"] == 1:
         return gradient
 
     def own(*args: Any) -> Any:
-        return jax.tree.map(lambda x: x[None], gradient(*args))
+        found = functools.partial(gradient, *args)
+        if platform(mesh) == "cpu":
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(found))
+            found = functools.partial(jax.lax.cond, _filled(args[-1]), found, lambda: zeros)
+        return jax.tree.map(lambda x: x[None], found())
 
     split = functools.partial(jax.shard_map, own, mesh=mesh, out_specs=REPLICAS, axis_names={"data"}, check_vma=False)
 
@@ -167,6 +173,11 @@ def by_replica(gradient: Callable[..., Any], *, mesh: Mesh) -> Callable[..., Any
         return split(in_specs=(PartitionSpec(), PartitionSpec(), rows))(params, frozen, batch)
 
     return run
+
+
+def _filled(batch: Any) -> Array:
+    packed = batch if isinstance(batch, PackedBatch) else batch.packed
+    return (packed.segment_ids_BT > 0).any()
 
 
 def _part(where: NamedSharding) -> NamedSharding:
