@@ -11,6 +11,7 @@ import pytest
 
 from lnjax.errors import ConfigError, KernelUnavailable
 from lnjax.mesh import make_mesh
+from lnjax.models import decoder
 from lnjax.ops import te
 from lnjax.ops.attention import _mask, _needed, attention_xla
 from lnjax.ops.cudnn import MAX_DOCUMENTS, attention_cudnn, documents
@@ -254,6 +255,14 @@ def test_fp8_of_zeros_is_zero_and_of_a_nan_is_seen():
     assert np.isnan(np.asarray(matmul_fp8(zeros.at[0, 0].set(jnp.nan), zeros))).any()
 
 
+def test_an_fp8_product_is_kept_for_the_backward_pass_as_what_it_is_cast_to(capsys):
+    x, w = jnp.ones((32, 16), jnp.bfloat16), jnp.ones((16, 48), jnp.bfloat16)
+    layer = jax.checkpoint(lambda x, w: jnp.sin(matmul_fp8(x, w)).sum(), policy=decoder._keep_dots)
+    jax.ad_checkpoint.print_saved_residuals(layer, x, w)
+    said = capsys.readouterr().out
+    assert "bf16[32,48] named 'product'" in said and "f32[32,48]" not in said
+
+
 def test_a_dim_that_cublas_does_not_take_in_fp8_is_named():
     with pytest.raises(ValueError, match=r"out dim 24 of \[16, 16\] @ \[16, 24\] is no multiple of 16"):
         matmul_fp8(jnp.zeros((16, 16)), jnp.zeros((16, 24)))
@@ -274,8 +283,9 @@ def test_fp8_products_of_a_program_are_counted_by_the_types_of_their_operands():
       %dot.2 = f32[16,16]{1,0} dot(%c, %b.1), lhs_contracting_dims={1}
       %g = (f32[16,16]{1,0}, s8[4]{0}) custom-call(%a, %b.1), custom_call_target="__cublas$lt$matmul$f8"
       %h = (f32[16,16]{1,0}, s8[4]{0}) custom-call(%c, %c), custom_call_target="__cublas$lt$matmul"
+      %i = (bf16[16,16]{1,0}, u8[4]{0}) custom-call(%a, %b.1), custom_call_target="te_gemm_v2_ffi"
     """
-    assert count_fp8(text) == 2
+    assert count_fp8(text) == 3
 
 
 def test_cudnn_is_told_each_document_of_a_row_and_rows_it_cannot_be_told_of_are_found():

@@ -25,7 +25,7 @@ from lnjax.mesh import make_mesh, put_rows
 from lnjax.models.decoder import Model
 from lnjax.models.hf import hf_config
 from lnjax.models.rope import rope_tables
-from lnjax.planner.counts import flops_per_token, matmul_flops_per_token
+from lnjax.planner.counts import block_params, flops_per_token, matmul_flops_per_token
 from lnjax.rollout.embedded import EmbeddedEngine
 from lnjax.rollout.vllm import VllmEngine
 from lnjax.schema import (
@@ -279,7 +279,8 @@ def sync(w: Work) -> Side:
 def packing(w: Work) -> Side:
     """The gradient of the same tokens: conversations packed or one a row, groups that share their prompt or do not.
 
-    A group is a prompt and samples of half its length each.
+    A group is a prompt and samples of half its length each. FLOPs are those that are made: the blocks' for whole rows, head and
+    attention for what is there.
     """
     s, model = w.shape, w.model()
     params, draw, half = w.params(model, dtype="float32"), np.random.default_rng(w.seed), s.prompt_tokens // 2
@@ -302,11 +303,15 @@ def packing(w: Work) -> Side:
         for p in shapes.prompt_ids(s, seed=w.seed)
     ]  # fmt: skip
     talks = [[x] for x in shapes.conversations(s, seed=w.seed, dense=False)[0]]
-    items, put = {}, functools.partial(put_rows, model.compute.ops.mesh)
+    items, flops, put = {}, {}, functools.partial(put_rows, model.compute.ops.mesh)
+    fixed, blocks = matmul_flops_per_token(s.spec), 6 * block_params(s.spec)
+    made = [(len(x.token_ids), sum(x.loss_mask)) for (x,) in talks]
+    apart = sum(n * (flops_per_token(s.spec, context=n) - fixed) + wanted * (fixed - blocks) for n, wanted in made)
     for name, limit in (("packed", pack.max_segments), ("padded", 1)):
         rows = pack_rows(talks, c=dataclasses.replace(pack, max_segments=limit)).batch()
         batches = put(microbatches(rows, rows=s.microbatch_rows))
         items[name] = functools.partial(lambda b, k: sums.gradient(params, b), batches)
+        flops[name] = [int((rows.segment_ids_BT > 0).any(1).sum()) * s.row_tokens * blocks + apart]
     updater = grpo.build_updater(model, c, dtype=jnp.float32)
     for name, share in (("prompts shared", True), ("prompts alone", False)):
         shared = dataclasses.replace(c, pack=dataclasses.replace(pack, share_prompts=share))
@@ -314,7 +319,7 @@ def packing(w: Work) -> Side:
         items[name] = functools.partial(lambda b, k: updater.gradient(params, b), batches)
     tokens: dict[str, float] = dict.fromkeys(("packed", "padded"), sum(len(x.token_ids) for (x,) in talks))
     tokens |= dict.fromkeys(("prompts shared", "prompts alone"), sum(len(x.token_ids) for g in groups for x in g))
-    return Side({}, items, tokens)
+    return Side({}, items, tokens, flops)
 
 
 def kernels(w: Work) -> Side:

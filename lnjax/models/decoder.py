@@ -25,7 +25,7 @@ from lnjax.models.rope import rope_tables, rotate
 from lnjax.models.spec import Run, runs
 from lnjax.ops.embed import embed_xla
 from lnjax.ops.head import HeadOutput
-from lnjax.ops.matmul import matmul_xla
+from lnjax.ops.matmul import PRODUCT, matmul_xla
 from lnjax.ops.select import Ops
 from lnjax.schema import LoraConfig, ModelSpec
 
@@ -390,6 +390,12 @@ def _remat(layer: Callable, policy: str, *, length: int) -> Callable:
 
 
 def _keep_dots(primitive: Any, *args: Any, **params: Any) -> Any:
-    """Matmul outputs, and what cuDNN's attention leaves for its backward pass, Transformer Engine's too."""
+    """Matmul outputs (of FP8 products what they are cast to, not their float32), and what cuDNN's attention leaves for its
+    backward pass, Transformer Engine's too."""
+    if primitive.name == "name":
+        return params["name"] == PRODUCT
     kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
-    return kept or primitive.name.startswith(("dot_product_attention_fwd", "te_gemm", "te_fused_attn_forward"))
+    wide = not args or args[0].dtype.itemsize > 1
+    return (kept and wide) or primitive.name.startswith(
+        ("dot_product_attention_fwd", "te_gemm", "te_fused_attn_forward")
+    )

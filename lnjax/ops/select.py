@@ -12,9 +12,12 @@ from lnjax.mesh import platform
 from lnjax.ops.attention import attention_sharded, attention_xla
 from lnjax.ops.cudnn import attention_cudnn, check_packed
 from lnjax.ops.head import HeadOutput, head_xla
-from lnjax.ops.matmul import Logical, check_products, count_fp8, matmul_fp8, matmul_sharded, matmul_xla
-from lnjax.ops.te import attention_te, count_te, matmul_te
+from lnjax.ops.matmul import Logical, check_products, matmul_fp8, matmul_sharded, matmul_xla
+from lnjax.ops.te import attention_te, matmul_te
 from lnjax.schema import OpsConfig
+
+FP8 = {"fp8": matmul_fp8, "te": matmul_te}
+PACKED = {"cudnn": attention_cudnn, "te": attention_te}
 
 
 class Matmul(Protocol):
@@ -48,10 +51,9 @@ class Ops:
 def select_ops(c: OpsConfig, *, mesh: Mesh) -> Ops:
     """Raises KernelUnavailable for a name that cannot run here."""
     where = platform(mesh)
-    products = {"xla": matmul_xla, "fp8": matmul_fp8, "te": matmul_te}
+    products = {"xla": matmul_xla} | FP8
     matmuls = {name: functools.partial(matmul_sharded, kernel=f, mesh=mesh) for name, f in products.items()}
-    serial = functools.partial(attention_xla, serial=where == "cpu")
-    kernels = {"xla": serial, "cudnn": attention_cudnn, "te": attention_te}
+    kernels = {"xla": functools.partial(attention_xla, serial=where == "cpu")} | PACKED
     attentions = {name: functools.partial(attention_sharded, kernel=f, mesh=mesh) for name, f in kernels.items()}
     for kind, name, known in (("matmul", c.matmul, matmuls), ("attention", c.attention, attentions)):
         if name not in known:
@@ -66,9 +68,7 @@ def select_ops(c: OpsConfig, *, mesh: Mesh) -> Ops:
 
 def check_ops(c: OpsConfig) -> None:
     """Try on this machine's own devices what may look right and be something else. Raises KernelUnavailable."""
-    products = {"fp8": (matmul_fp8, count_fp8), "te": (matmul_te, count_te)}
-    if c.matmul in products:
-        check_products(c.matmul, *products[c.matmul])
-    packed = {"cudnn": attention_cudnn, "te": attention_te}
-    if c.attention in packed:
-        check_packed(c.attention, packed[c.attention])
+    if c.matmul in FP8:
+        check_products(c.matmul, FP8[c.matmul])
+    if c.attention in PACKED:
+        check_packed(c.attention, PACKED[c.attention])
