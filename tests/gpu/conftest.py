@@ -1,8 +1,13 @@
 """Runs where an NVIDIA GPU is; elsewhere every test says why it did not: JAX_PLATFORMS=cuda uv run pytest tests/gpu -n 0"""
 
+import os
 import subprocess
 
 import pytest
+
+os.environ.setdefault(
+    "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
+)  # benches and servers need the GPU's memory beside the tests
 
 
 def num_gpus() -> int:
