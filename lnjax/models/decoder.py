@@ -394,8 +394,7 @@ def _keep_dots(primitive: Any, *args: Any, **params: Any) -> Any:
     backward pass, Transformer Engine's too."""
     if primitive.name == "name":
         return params["name"] == PRODUCT
-    kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
+    if primitive.name.startswith(("dot_product_attention_fwd", "te_gemm", "te_fused_attn_forward")):
+        return True
     wide = not args or args[0].dtype.itemsize > 1
-    return (kept and wide) or primitive.name.startswith(
-        ("dot_product_attention_fwd", "te_gemm", "te_fused_attn_forward")
-    )
+    return wide and jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
