@@ -14,7 +14,7 @@ from lnjax.mesh import make_mesh
 from lnjax.models import decoder
 from lnjax.ops import te
 from lnjax.ops.attention import _mask, _needed, attention_xla
-from lnjax.ops.cudnn import MAX_DOCUMENTS, attention_cudnn, documents
+from lnjax.ops.cudnn import MAX_DOCUMENTS, attention_cudnn, check_packed, documents
 from lnjax.ops.head import head_xla
 from lnjax.ops.matmul import count_fp8, matmul_fp8, matmul_xla
 from lnjax.ops.sample import sample
@@ -311,6 +311,19 @@ def test_what_cudnn_does_not_take_is_named(dtype, head_dim, keys, message):
     q, k = jnp.zeros((1, 32, 2, head_dim), dtype), jnp.zeros((1, keys, 2, head_dim), dtype)
     with pytest.raises(KernelUnavailable, match=message):
         attention_cudnn(q, k, k, jnp.ones((1, 32), jnp.int32), jnp.ones((1, keys), jnp.int32), jnp.int32(0))
+
+
+def test_an_attention_kernel_that_refuses_or_is_wrong_is_named_before_it_is_used():
+    def refuses(*args):
+        raise ValueError("no backend")
+
+    def blind(q, k, v, q_segments, k_segments, start):
+        return attention_xla(q, k, v, jnp.ones_like(q_segments), jnp.ones_like(k_segments), start)
+
+    check_packed("x", attention_xla)
+    for kernel, words in ((refuses, "ops.attention=x: no backend; use"), (blind, "ops.attention=x: relative errors")):
+        with pytest.raises(KernelUnavailable, match=words):
+            check_packed("x", kernel)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="Transformer Engine is there")
